@@ -22,7 +22,7 @@ import common
 from data import prepare_python_docs, prepare_text
 
 # Data
-DATA = ""             # .jsonl, .jsonl.gz, .txt or .txt.gz; "" = Python's documentation, made on the spot
+DATA = ""             # .jsonl, .jsonl.gz, .txt, .txt.gz, or data/prepare_text.py's folder; "" = Python's documentation
 VALID = ""            # a file of held-out text; "" = a share of DATA
 VALID_SHARE = 0.01    # share of DATA's documents held out when VALID is empty, chosen by a hash of their text
 TOKENIZER = ""        # tokenizer.json; "" = one trained on DATA at first use (or INIT's)
@@ -262,6 +262,7 @@ def main():
             if (folder / name).exists():
                 shutil.copy(folder / name, OUT)
     if wants_compile(model):
+        torch._dynamo.config.suppress_errors = COMPILE == "auto"  # a broken compiler costs speed, not the run
         for layer in model.layers:
             layer.compile()  # one layer is compiled, all use it
     net = run.wrap(model)  # model: saved, evaluated, sampled; net: called by the loss only

@@ -34,6 +34,7 @@ VOCAB_SIZE = 6_400   # tokens of a tokenizer trained here
 VALID_SHARE = 0.01   # share of documents held out, chosen by a hash of their text (equal texts stay together)
 TXT_CHARS = 4_000    # characters up to which paragraphs of a plain text are joined into one document
 
+CACHE = "data/tokens"     # where folders go when OUT is empty, from the root of the repo
 BATCH_BYTES = 1_000_000   # text handed to the tokenizer at once; it spreads a batch over all cores
 FORMAT = 1                # raise when the files' layout changes, so that old ones are not read
 
@@ -160,8 +161,10 @@ def hash_file(path):
 
 
 def prepare(path, tokenizer="", vocab_size=6_400, share=0.01, out="", txt_chars=TXT_CHARS):
-    """The folder of token files of `path`, made now unless it is there already. Raises BadInput on unusable input."""
+    """The folder of token files of `path`, made now unless it is there (or is `path`). Raises BadInput."""
     path = Path(path)
+    if (path / "meta.json").is_file():
+        return path
     if not path.is_file():
         raise common.BadInput(f"there is no file {path}; DATA names a .jsonl, .jsonl.gz, .txt or .txt.gz file")
     if not 0 <= share <= 1:
@@ -176,8 +179,8 @@ def prepare(path, tokenizer="", vocab_size=6_400, share=0.01, out="", txt_chars=
     key = [FORMAT, str(path.resolve()), stat.st_size, stat.st_mtime_ns, share, txt_chars,
            hash_file(tokenizer) if tokenizer else vocab_size]
     key = hashlib.blake2b(repr(key).encode(), digest_size=4).hexdigest()
-    tokens = Path(__file__).resolve().parent / "tokens"
-    folder = Path(out) if out else tokens / f"{path.name.split('.')[0]}-{key}"
+    root = Path(__file__).resolve().parent.parent
+    folder = Path(out) if out else root / CACHE / f"{path.name.split('.')[0]}-{key}"
     if (folder / "meta.json").exists():
         if json.loads((folder / "meta.json").read_text())["key"] == key:
             return folder
@@ -207,8 +210,8 @@ def tokenize(path, folder, key, tokenizer, vocab_size, share, txt_chars):
         else:
             from data import prepare_tokenizer
             print(f"{path}: training a tokenizer of {vocab_size} tokens", flush=True)
-            seen = (text for text, _ in documents(path, BadRows(), txt_chars=txt_chars) if not held_out(text, share))
-            prepare_tokenizer.train(seen, tmp / "tokenizer.json", vocab_size)
+            texts = (text for text, _ in documents(path, BadRows(), txt_chars=txt_chars) if not held_out(text, share))
+            prepare_tokenizer.train(prepare_tokenizer.first_of(texts), tmp / "tokenizer.json", vocab_size)
         meta = write_tokens(path, tmp, common.load_tokenizer(tmp / "tokenizer.json"), share, txt_chars)
         meta = {"key": key, **meta, "source": str(path), "format": FORMAT}
         (tmp / "meta.json").write_text(json.dumps(meta, indent=1))

@@ -22,15 +22,14 @@ VOCAB_SIZE = 6_400            # tokens, at most 65,535 (token files are uint16);
 SAMPLE_MB = 200               # megabytes of text looked at, from the start; bounds the memory
 
 
-def texts(paths, limit, bad):
-    """Texts of all files in order until `limit` bytes; bad rows are counted in `bad`."""
-    seen = 0
-    for path in paths:
-        for text, _ in prepare_text.documents(path, bad):
-            yield text
-            seen += len(text.encode())
-            if seen > limit:
-                return
+def first_of(texts):
+    """Texts until SAMPLE_MB are through."""
+    left = SAMPLE_MB * 1_000_000
+    for text in texts:
+        if left <= 0:
+            return
+        left -= len(text.encode())
+        yield text
 
 
 def train(texts, out, vocab_size):
@@ -65,7 +64,8 @@ def main():
     if not DATA:
         raise common.BadInput("DATA is empty; name the text: python data/prepare_tokenizer.py DATA=my.jsonl.gz")
     bad = prepare_text.BadRows()
-    tokenizer = train(texts(DATA.split(","), SAMPLE_MB * 1_000_000, bad), OUT, VOCAB_SIZE)
+    texts = (text for path in DATA.split(",") for text, _ in prepare_text.documents(path, bad))
+    tokenizer = train(first_of(texts), OUT, VOCAB_SIZE)
     bad.report()
     print(f"{OUT}: {tokenizer.get_vocab_size()} tokens", flush=True)
     if tokenizer.get_vocab_size() < VOCAB_SIZE:

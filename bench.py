@@ -1,0 +1,460 @@
+"""Every performance number in the README, each as a ratio against a baseline timed in the same run.
+
+    python bench.py                 list the benchmarks
+    python bench.py train           one table; also written to out/bench/train.json
+    python bench.py train DATA=my.jsonl.gz REPEAT=5
+
+The baseline ("twin") is the way such repos usually train: rows padded to full length, eager, float32, full logits,
+AdamW unfused; its model is the same size and is written out below. Work alternates between baseline and ours and the
+fastest of REPEAT is kept: these are shared machines.
+"""
+
+import contextlib
+import datetime
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+import train_pretrain
+from data import prepare_python_docs, prepare_text
+
+DATA = ""            # text whose document lengths are used; "" = Python's documentation
+REPEAT = 5           # timings of each; the fastest counts
+MINUTES = 2.0        # of training per model and seed in `learn`
+SEEDS = 3            # seeds in `learn`
+COMPILE = True       # compile our layers where a C++ compiler is there
+LENGTH = 512         # tokens a row
+ROWS = 4             # rows a step (`train`); MiniMind's and nanoGPT's figures in the issue of speed were taken at 4
+
+BIG = dict(dim=512, n_layers=8, n_heads=8, n_kv_heads=2, seq_len=512)  # 26M parameters at 6,400 tokens
+
+
+class TwinLayer(nn.Module):
+    def __init__(self, dim, n_heads, n_kv_heads, hidden_dim):
+        super().__init__()
+        self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
+        self.q, self.out = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.k = nn.Linear(dim, dim // n_heads * n_kv_heads, bias=False)
+        self.v = nn.Linear(dim, dim // n_heads * n_kv_heads, bias=False)
+        self.mlp, self.norm_attn, self.norm_mlp = common.SwiGLU(dim, hidden_dim), nn.RMSNorm(dim), nn.RMSNorm(dim)
+
+    def heads(self, x, cos, sin):
+        return common.rotate(x.unflatten(-1, (-1, cos.shape[-1] * 2)), cos, sin).transpose(1, 2)
+
+    def forward(self, x, cos, sin, past=None):
+        y = self.norm_attn(x)
+        q, k = self.heads(self.q(y), cos, sin), self.heads(self.k(y), cos, sin)
+        v = self.v(y).unflatten(-1, (self.n_kv_heads, -1)).transpose(1, 2)
+        if past is not None:
+            if past:
+                k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+            past[:] = [k, v]
+        k, v = (t.repeat_interleave(self.n_heads // self.n_kv_heads, 1) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm_mlp(x))
+
+
+class Twin(nn.Module):
+    """A plain Llama-like model of the same sizes: eager, full logits, a cache that grows by concatenation."""
+
+    def __init__(self, vocab_size, dim, n_layers, n_heads, n_kv_heads, seq_len):
+        super().__init__()
+        hidden = -(-dim * 8 // 3 // 64) * 64
+        self.embedding, self.norm = nn.Embedding(vocab_size, dim), nn.RMSNorm(dim)
+        self.layers = nn.ModuleList(TwinLayer(dim, n_heads, n_kv_heads, hidden) for _ in range(n_layers))
+        self.head = nn.Linear(dim, vocab_size, bias=False)
+        self.head.weight = self.embedding.weight
+        for p in self.parameters():
+            if p.ndim == 2:
+                nn.init.normal_(p, std=0.02)
+        self.register_buffer("rope", common.rope_table(dim // n_heads, seq_len))
+
+    def logits(self, ids, caches=None, begin=0):
+        cos, sin = self.rope[:, None, begin:begin + ids.shape[1]]
+        x = self.embedding(ids)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, caches[i] if caches else None)
+        return self.head(self.norm(x))
+
+    def forward(self, ids, docs, targets):
+        loss = F.cross_entropy(self.logits(ids).flatten(0, 1), targets.flatten(), ignore_index=common.IGNORE)
+        return loss, (targets != common.IGNORE).sum(), loss.new_zeros(())
+
+
+def fastest(repeat, *works):
+    """Seconds of the fastest of `repeat` runs of each work, taken in turns after one warm-up each."""
+    for work in works:
+        work()
+    best = [math.inf] * len(works)
+    for _ in range(repeat):
+        for i, work in enumerate(works):
+            begin = time.perf_counter()
+            work()
+            best[i] = min(best[i], time.perf_counter() - begin)
+    return best
+
+
+def row(work, baseline, ours, unit, ratio=None, **more):
+    """A line of a table; `ratio` is how many times better ours is."""
+    return {"work": work, "baseline": baseline, "ours": ours, "unit": unit,
+            "ratio": ratio if ratio is not None else (ours / baseline if baseline else None), **more}
+
+
+def our_model(vocab_size=6400, compile=True, **changes):
+    torch.manual_seed(0)
+    model = common.LM(vocab_size, **{**BIG, "seq_len": LENGTH, **changes})
+    if compile and COMPILE:
+        for layer in model.layers:
+            layer.compile()
+    return model
+
+
+def trainer(run, model, optimizers, batch):
+    """A function that does one update of `model` on `batch`, the way it trains for real."""
+    def loss_of(b):
+        loss, count, _ = model(*b)
+        return loss, count
+    return lambda: common.update(run, model, optimizers, [batch], loss_of, 1.0, 0)
+
+
+def twin_trainer(model, batch):
+    """One update the usual way."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def step():
+        loss, _, _ = model(*batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+def adamw(model):
+    return [torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)]
+
+
+def muon(model):
+    return train_pretrain.make_optimizers(model)
+
+
+def full_rows(rows, vocab_size=6400):
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, vocab_size, (rows, LENGTH + 1), generator=g)
+    return ids[:, :-1].contiguous(), torch.zeros(rows, LENGTH, dtype=torch.long), ids[:, 1:].contiguous()
+
+
+def text_folder():
+    path = DATA
+    if not path:
+        prepare_python_docs.main()
+        path = Path(__file__).parent / "data" / "python_docs" / "pretrain.jsonl"
+    return prepare_text.prepare(path)
+
+
+def packed_and_padded(rows):
+    """Two batches of real documents: packed rows, and one document a row cut or padded to LENGTH."""
+    data = train_pretrain.Rows(text_folder(), "train", LENGTH)
+    packed = next(iter(data.batches(list(range(rows)), rows, "cpu")))
+    g = np.random.default_rng(0)
+    bounds = np.load(text_folder() / "train.idx.npy")
+    padded = [[(data.tokens[bounds[d]:min(bounds[d + 1], bounds[d] + LENGTH + 1)],)]
+              for d in g.choice(len(bounds) - 1, rows, replace=False)]
+    return packed, common.collate(padded, LENGTH)
+
+
+def limits():
+    """The machine's own limits: matmul rate and memory bandwidth."""
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(2048, 1408).to(dtype), torch.randn(1408, 2048).to(dtype)
+        seconds, = fastest(REPEAT * 4, lambda a=a, b=b: a @ b)
+        rows.append(row(f"matmul 2048×1408×2048 {str(dtype)[6:]}", None, 2 * 2048 * 1408 * 2048 / seconds / 1e9, "GFLOP/s"))
+    big = torch.ones(2**26)
+    seconds, = fastest(REPEAT * 2, lambda: big.sum())
+    rows.append(row("read 256 MiB", None, big.numel() * 4 / seconds / 1e9, "GB/s"))
+    return rows
+
+
+def flop_per_token(model, length):
+    """Forward and backward, matmuls and causal attention."""
+    s = model.sizes
+    matrices = sum(p.numel() for p in model.layers.parameters() if p.ndim == 2) + model.head_weight.numel()
+    return 6 * matrices + 6 * s["n_layers"] * length * s["n_heads"] * model.layers[0].attention.head_dim
+
+
+def train():
+    """Training step of 26M parameters: full rows, and useful tokens per second on real document lengths."""
+    run, rows = common.start(0, "auto"), []
+    peak = next(r["ours"] for r in limits() if str(run.dtype)[6:] in r["work"])
+    batch = full_rows(ROWS)
+    tokens = batch[2].numel()
+    torch.manual_seed(0)
+    twin = Twin(6400, **BIG)
+    works = {"eager AdamW": (our_model(compile=False), adamw), "compiled AdamW": (our_model(), adamw),
+             "compiled Muon": (our_model(), muon)}
+    steps = {name: trainer(run, model, opt(model), batch) for name, (model, opt) in works.items()}
+    base, *times = fastest(REPEAT, twin_trainer(twin, batch), *steps.values())
+    flop = flop_per_token(our_model(), LENGTH) * tokens
+    for name, seconds in zip(steps, times, strict=True):
+        rows.append(row(f"forward+backward+step {ROWS}×{LENGTH} full rows, {name}, {str(run.dtype)[6:]}", tokens / base,
+                        tokens / seconds, "tokens/s", share_of_matmul_limit=flop / seconds / 1e9 / peak))
+    big = full_rows(4 * ROWS)
+    base, ours = fastest(max(2, REPEAT // 2), twin_trainer(twin, big), trainer(run, works["compiled Muon"][0],
+                         muon(works["compiled Muon"][0]), big))
+    rows.append(row(f"forward+backward+step {4 * ROWS}×{LENGTH} full rows, compiled Muon", 4 * tokens / base, 4 * tokens / ours,
+                    "tokens/s", share_of_matmul_limit=4 * flop / ours / 1e9 / peak))
+    packed, padded = packed_and_padded(4 * ROWS)
+    useful = [int((b[1] != common.IGNORE).sum()) for b in (padded, packed)]
+    (ids, targets, docs), (ids2, targets2, docs2) = padded, packed
+    base, ours = fastest(max(2, REPEAT // 2), twin_trainer(twin, (ids, docs, targets)),
+                         trainer(run, works["compiled Muon"][0], muon(works["compiled Muon"][0]), (ids2, docs2, targets2)))
+    name = Path(DATA or "Python documentation").name
+    rows.append(row(f"useful tokens on {name}, {4 * ROWS} rows, packed (full {useful[1] / targets2.numel():.0%}) against "
+                    f"padded (full {useful[0] / targets.numel():.0%})", useful[0] / base, useful[1] / ours, "tokens/s"))
+    common.stop(run)
+    return rows
+
+
+def peak_of(work):
+    """Bytes allocated at the worst moment of `work`, above what was there before it."""
+    work()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    now = most = 0
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+    for event in events:
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+def memory():
+    """Peak bytes of one step above weights and optimizer state (gradients included), full rows."""
+    run, rows = common.start(0, "auto"), []
+    torch.manual_seed(0)
+    twin, ours, eager = Twin(6400, **BIG), our_model(), our_model(compile=False)
+    for n in (ROWS, 2 * ROWS):
+        batch = full_rows(n)
+        base = peak_of(twin_trainer(twin, batch))
+        for name, model in (("eager", eager), ("compiled", ours)):
+            mine = peak_of(trainer(run, model, adamw(model), batch))
+            rows.append(row(f"peak of a step {n}×{LENGTH}, {name}", base / 2**20, mine / 2**20, "MiB", base / mine))
+    common.stop(run)
+    return rows
+
+
+def tokenize():
+    """Text to token files, tokenizer given, against one document after the other in Python."""
+    folder = text_folder()
+    source = json.loads((folder / "meta.json").read_text())["source"]
+    tokenizer = common.load_tokenizer(folder / "tokenizer.json")
+    texts = [t for t, _ in prepare_text.documents(source, prepare_text.BadRows())]
+    size = sum(len(t.encode()) for t in texts)
+    part = texts[:len(texts) // 10]
+
+    def one_by_one():
+        for text in part:
+            common.encode(tokenizer, text)
+    base, = fastest(2, one_by_one)
+    base *= size / max(1, sum(len(t.encode()) for t in part))
+    with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(None):
+        begin = time.perf_counter()
+        prepare_text.prepare(source, folder / "tokenizer.json", out=Path(temporary) / "tokens")
+        ours = time.perf_counter() - begin
+    return [row(f"tokenize {Path(source).name}, {size / 1e6:.1f} MB", size / 1e6 / base, size / 1e6 / ours, "MB/s")]
+
+
+def startup():
+    """From the command to the end of the first update, on text that is tokenised already, the default model."""
+    text_folder()
+    rows = []
+    for name, words in (("eager", ["COMPILE=no"]), ("compiled, kernels cached", ["COMPILE=yes"])):
+        seconds = []
+        for _ in range(2):  # the first run fills the caches
+            with tempfile.TemporaryDirectory() as out:
+                command = [sys.executable, "train_pretrain.py", f"OUT={out}/run", "LOG_EVERY=1", "STEPS=1", "WARMUP=0",
+                           "EVAL_ROWS=8", *words, *([f"DATA={DATA}"] if DATA else [])]
+                begin, lines = time.perf_counter(), []
+                with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, stderr=subprocess.STDOUT) as process:
+                    for line in process.stdout:
+                        lines.append(line)
+                        if line.startswith("step      1"):
+                            seconds.append(time.perf_counter() - begin)
+                            break
+                    process.stdout.read()
+                if process.wait():
+                    raise common.BadInput("".join(lines[-3:]))
+        rows.append(row(f"start to first update, {name}", None, seconds[-1], "s"))
+    return rows
+
+
+def generate():
+    """Generation of 26M parameters, prompt 64, 128 new tokens: ours, without a cache, and with a growing cache."""
+    run, rows = common.start(0, "auto"), []
+    bandwidth = next(r["ours"] for r in limits() if r["unit"] == "GB/s")
+    torch.manual_seed(0)
+    twin = Twin(6400, **BIG).eval()
+    ours = our_model(compile=False)
+    for p in ours.parameters():  # the zeros of a fresh model would be cheap
+        nn.init.normal_(p, std=0.02)
+    fast = common.for_inference(ours, run.dtype)
+
+    def growing(batch, new):
+        with torch.inference_mode():
+            caches, ids = [[] for _ in twin.layers], torch.randint(3, 6400, (batch, 64))
+            for i in range(new):
+                logits = twin.logits(ids, caches, 0 if i == 0 else 63 + i)[:, -1]
+                ids = logits.argmax(-1, keepdim=True)
+
+    def our_way(model, batch, new, cached=True):
+        for _ in common.generate(model, torch.randint(3, 6400, (batch, 64)).tolist(), new, temperature=0, eos=-1, cached=cached):
+            pass
+    plain = our_model(compile=False)
+    weights = sum(p.numel() * p.element_size() for p in fast.parameters())
+    alone = None
+    for batch in (1, 8):
+        new = 128
+        few = 24  # the uncached loop is slow and its cost per token even: a shorter stretch does
+        uncached, = fastest(1, lambda b=batch: our_way(plain, b, few, False))
+        base, mine = fastest(REPEAT, lambda b=batch: growing(b, new), lambda b=batch: our_way(fast, b, new))
+        rate = batch * new / mine
+        alone = alone or rate
+        rows.append(row(f"batch {batch}, against no cache, float32", batch * few / uncached, rate, "tokens/s"))
+        rows.append(row(f"batch {batch}, against an eager growing cache, float32", batch * new / base, rate, "tokens/s",
+                        share_of_bandwidth=weights * new / mine / 1e9 / bandwidth))
+    rows.append(row("batch 8 against batch 1, both ours", alone, rate, "tokens/s"))
+    common.stop(run)
+    return rows
+
+
+def learn():
+    """Equal wall-clock time on the same text, from scratch: bits per byte on held-out documents, SEEDS seeds."""
+    folder = text_folder()
+    table = common.token_bytes(common.load_tokenizer(folder / "tokenizer.json"))
+    valid = train_pretrain.Rows(folder, "valid", LENGTH)
+    sizes = dict(dim=256, n_layers=6, n_heads=4, n_kv_heads=2, seq_len=LENGTH)
+    results = {"twin": [], "adamw": [], "muon": []}
+    for seed in range(SEEDS):
+        for kind in results:
+            train_pretrain.SEED, train_pretrain.OPTIMIZER = seed, "adamw" if kind == "adamw" else "muon"
+            run = common.start(seed, "float32" if kind == "twin" else "auto")
+            model = Twin(len(table), **sizes) if kind == "twin" else our_model(len(table), **sizes)
+            if kind == "twin":  # its best plain recipe in a quick search: AdamW 3e-3 with warm-up
+                optimizers = [torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))]
+                optimizers[0].param_groups[0]["peak"] = 3e-3
+            else:
+                optimizers = muon(model)
+            data = train_pretrain.Rows(folder, "train", LENGTH)
+            lengths = np.diff(np.load(folder / "train.idx.npy"))
+            bounds = np.append(0, np.cumsum(lengths))
+            order = np.random.default_rng(seed).permutation(len(lengths))
+            spent, step, budget, seen = 0.0, 0, 60 * MINUTES, 0
+            if kind != "twin":  # compile before the clock starts; `startup` says what that costs
+                trainer(run, model, [torch.optim.SGD(model.parameters(), lr=0.0)], next(data.batches(range(8), 8, "cpu")))()
+            while spent < budget:
+                begin = time.perf_counter()
+                for optimizer in optimizers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = group["peak"] * common.lr_scale(int(1000 * spent / budget), 1000, 50)
+                if kind == "twin":
+                    chosen = [order[(16 * step + i) % len(order)] for i in range(16)]
+                    rows_ = [[(data.tokens[bounds[d]:min(bounds[d + 1], bounds[d] + LENGTH + 1)],)] for d in chosen]
+                    ids, targets, docs = common.collate(rows_, LENGTH)
+                    loss, count, _ = model(ids, docs, targets)
+                    loss.backward()
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                    optimizers[0].step()
+                    optimizers[0].zero_grad()
+                    seen += int(count)
+                else:
+                    rows_ = list(range(16 * step, 16 * step + 16))
+                    done = common.update(run, model, optimizers, list(data.batches(rows_, 8, "cpu")),
+                                         lambda b, model=model: model(*b)[:2], 1.0, step)
+                    seen += int(done.count)
+                step += 1
+                spent += time.perf_counter() - begin
+            bits = evaluate_plain(model, valid, table, run)
+            results[kind].append(bits)
+            print(f"seed {seed} {kind}: {step} updates, {seen} tokens, {bits:.4f} bits per byte", flush=True)
+            common.stop(run)
+    mean = {kind: float(np.mean(bits)) for kind, bits in results.items()}
+    name = Path(DATA or "Python documentation").name
+    return [row(f"bits per byte after {MINUTES:g} minutes on {name}, muon against {kind}", mean[kind], mean["muon"], "bits/byte",
+                mean[kind] / mean["muon"], seeds={k: results[k] for k in (kind, "muon")}) for kind in ("twin", "adamw")]
+
+
+@torch.no_grad()
+def evaluate_plain(model, valid, table, run):
+    model.eval()
+    nats = size = 0
+    lengths = torch.tensor([len(b) for b in table])
+    for ids, targets, docs in valid.batches(range(valid.count), 8, "cpu"):
+        with run.autocast():
+            if isinstance(model, Twin):  # one document a row, as it was trained: cut the packed rows up again
+                ids, targets, docs = unpacked(ids, targets, docs)
+            loss, count, _ = model(ids, docs, targets)
+        nats += float(loss) * (int(count) if isinstance(model, Twin) else 1)
+        size += int(lengths[targets[targets != common.IGNORE]].sum())
+    return nats / math.log(2) / size
+
+
+def unpacked(ids, targets, docs):
+    """The documents of packed rows, one a row."""
+    rows = [(i[d == n], t[d == n]) for i, t, d in zip(ids, targets, docs, strict=True) for n in range(int(d.max()) + 1)]
+    out = ids.new_zeros(len(rows), LENGTH), ids.new_full((len(rows), LENGTH), common.IGNORE)
+    for r, (i, t) in enumerate(rows):
+        out[0][r, :len(i)], out[1][r, :len(t)] = i, t
+    return *out, torch.zeros_like(out[0])
+
+
+BENCHMARKS = (limits, train, memory, tokenize, startup, generate, learn)
+
+
+def main():
+    names = {f.__name__: f for f in BENCHMARKS}
+    if len(sys.argv) < 2 or sys.argv[1] not in names:
+        print("\n".join(f"{name:10} {f.__doc__}" for name, f in names.items()))
+        raise SystemExit(0 if len(sys.argv) < 2 else 1)
+    common.override(globals(), sys.argv[2:])
+    name = sys.argv[1]
+    rows = names[name]()
+    keys = [k for k in dict.fromkeys(k for r in rows for k in r) if k not in ("work", "seeds")]
+    show = lambda v: "" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v)
+    width = max(len(r["work"]) for r in rows)
+    print("  ".join(["work".ljust(width), *(k.rjust(12) for k in keys)]))
+    for r in rows:
+        print("  ".join([r["work"].ljust(width), *(show(r.get(k)).rjust(12) for k in keys)]))
+    out = Path("out/bench")
+    out.mkdir(parents=True, exist_ok=True)
+    about = {"rows": rows, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else
+             f"{platform.machine()} {torch.get_num_threads()} threads {torch.backends.cpu.get_cpu_capability()}",
+             "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
+             "date": datetime.date.today().isoformat()}
+    common.write_whole(out / f"{name}.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
+    print(f"written to {out}/{name}.json ({about['device']}, {about['date']})")
+    return rows
+
+
+if __name__ == "__main__":
+    words, sys.argv[1:] = sys.argv[1:], sys.argv[1:2]
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        sys.argv[1:] = words
+        main()
+    except common.BadInput as error:
+        raise SystemExit(f"error: bench.py: {error}") from None

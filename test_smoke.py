@@ -1,0 +1,1009 @@
+"""All tests: layers against slow twins, the plumbing against its promises, the scripts on tiny data.
+
+    pytest            everything that runs on this machine
+    pytest -k rope    one thing
+"""
+
+import ast
+import contextlib
+import datetime
+import gzip
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bench
+import common
+import serve
+import train_pretrain
+from data import prepare_python_docs, prepare_text, prepare_tokenizer
+
+torch.set_num_threads(1)                     # the models are tiny: a second thread would only wait
+os.environ["OMP_NUM_THREADS"] = "1"          # in the processes started here too
+ROOT = Path(__file__).parent
+SCRIPTS = ["train_pretrain.py", "serve.py", "bench.py", "data/prepare_text.py", "data/prepare_tokenizer.py",
+           "data/prepare_python_docs.py"]
+TINY = dict(DIM=32, N_LAYERS=2, N_HEADS=4, N_KV_HEADS=2, SEQ_LEN=64, STEPS=12, BATCH=8, MICRO_BATCH=4, WARMUP=2,
+            DTYPE="float32", LOG_EVERY=1, EVAL_EVERY=4, EVAL_ROWS=4, SAVE_EVERY=5, SAMPLE_EVERY=0)
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def close(a, b, tolerance=1e-12):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def tiny_lm(**changes):
+    """A model whose zero-initialised matrices are not zero, in float64."""
+    torch.manual_seed(1)
+    model = common.LM(**{**dict(vocab_size=300, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, seq_len=128), **changes})
+    for p in model.parameters():
+        if p.ndim == 2:
+            torch.nn.init.normal_(p, std=0.2)
+        else:
+            torch.nn.init.uniform_(p, 0.5, 1.5)
+    return model.double()
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A JSONL of 600 documents from a small grammar, of very different lengths."""
+    rng = np.random.default_rng(0)
+    nouns, verbs = "cat dog sun sea 月 山 河 boat tree king".split(), "sees finds likes 望 keeps".split()
+
+    def sentence():
+        return f"the {rng.choice(nouns)} {rng.choice(verbs)} the {rng.choice(nouns)}."
+    path = tmp_path_factory.mktemp("text") / "tiny.jsonl"
+    rows = [" ".join(sentence() for _ in range(1 + int(rng.exponential(4)))) for _ in range(600)]
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokens(text, tmp_path_factory):
+    """Its token files, with a tokenizer of 320 tokens."""
+    return prepare_text.prepare(text, vocab_size=320, share=0.1, out=tmp_path_factory.mktemp("tokens") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokens):
+    return common.load_tokenizer(tokens / "tokenizer.json")
+
+
+@pytest.fixture
+def train(tokens, tmp_path, monkeypatch):
+    """Run train_pretrain.main() in this process with constants changed; returns its metrics."""
+    def run(module=train_pretrain, **constants):
+        with monkeypatch.context() as patch:
+            for name, value in {**TINY, "DATA": str(tokens), "OUT": str(tmp_path / "run"), **constants}.items():
+                patch.setattr(module, name, value)
+            return module.main()
+    return run
+
+
+def words(tokens, **constants):
+    return [f"{k}={v}" for k, v in {**TINY, "DATA": tokens, **constants}.items()]
+
+
+def launch(*arguments, ranks=0, **options):
+    """A script in a process of its own, or under torchrun."""
+    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else [sys.executable]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT, **options}
+    return subprocess.Popen([*runner, *map(str, arguments)], **options)
+
+
+def finish(process, code=0):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, output
+    return output
+
+
+def weights(out, name="checkpoint.pt"):
+    return common.load(Path(out) / name)["model"]
+
+
+def same_weights(a, b, tolerance=0.0):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+# Constants.
+
+@pytest.mark.parametrize("word, message", [
+    ("DMI=64", "no constant 'DMI'; did you mean DIM?"), ("STEPS=2.5", "STEPS is int (600), got float (2.5)"),
+    ("STEPS", "expected NAME=value, got 'STEPS'"), ("STEPS=many", "STEPS is int (600), got str (many)"),
+    ("LR=nan", "LR is float (0.003), got str (nan)"), ("LR=1e999", "LR must be a finite number, got 1e999"),
+    ("RESUME=1", "RESUME is bool (True), got int (1)"), ("STEPS=True", "STEPS is int (600), got bool (True)"),
+])
+def test_bad_override_is_one_sentence(word, message):
+    with pytest.raises(common.BadInput) as error:
+        common.override(dict(vars(train_pretrain)), [word])
+    assert str(error.value) == message
+
+
+def test_override_sets_and_converts(monkeypatch):
+    names = {**vars(train_pretrain)}
+    assert common.override(names, ["LR=1", "DATA=3.txt", "TIED=False", "STEPS=7"]) == {
+        "LR": 1.0, "DATA": "3.txt", "TIED": False, "STEPS": 7}
+    assert names["LR"] == 1.0 and isinstance(names["LR"], float)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_constants_are_literals_that_something_reads(script):
+    tree = ast.parse((ROOT / script).read_text())
+    constants = {t.id for node in tree.body if isinstance(node, ast.Assign) for t in node.targets
+                 if isinstance(t, ast.Name) and t.id.isupper()}
+    read = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    read |= {n.attr for other in SCRIPTS for n in ast.walk(ast.parse((ROOT / other).read_text()))
+             if isinstance(n, ast.Attribute)}
+    assert constants and constants <= read, constants - read
+    for function in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)):
+        defaults = [d for d in ast.walk(function.args) if isinstance(d, ast.Name)] if hasattr(function, "args") else []
+        assert not {d.id for d in defaults} & constants - {"TXT_CHARS"}, f"a constant is a default of {function.name}"
+
+
+def test_help_and_errors_of_the_command_line():
+    output = finish(launch("train_pretrain.py", "--help"))
+    assert "python train_pretrain.py" in output and "SEQ_LEN = 512" in output and "def " not in output
+    for words_, message in [(["DATA=nowhere.jsonl"], "there is no file nowhere.jsonl"), (["DMI=3"], "did you mean DIM?")]:
+        output = finish(launch("train_pretrain.py", *words_), 1)
+        assert message in output and "Traceback" not in output
+
+
+# One update.
+
+def test_schedule():
+    scale = [common.lr_scale(s, 100, 10, 0.1) for s in range(101)]
+    assert scale[0] == pytest.approx(1 / 11) and max(scale) == scale[10] == 1 and scale[100] == pytest.approx(0.1)
+    wsd = [common.lr_scale(s, 100, 10, 0.0, "wsd") for s in range(101)]
+    assert wsd[10:71] == [1.0] * 61 and wsd[85] == pytest.approx(0.5) and wsd[100] == 0
+    with pytest.raises(common.BadInput, match="neither cosine nor wsd"):
+        common.lr_scale(5, 10, 1, 0, "linear")
+
+
+class Counting(torch.nn.Linear):
+    """Counts the backward passes that would not be synchronised."""
+    unsynced = 0
+
+    def no_sync(self):
+        self.unsynced += 1
+        return contextlib.nullcontext()
+
+
+def test_update_is_the_same_however_it_is_cut():
+    x, y = torch.randn(8, 6, 4).double(), torch.randn(8, 6, 4).double()
+    keep = torch.rand(8, 6) < torch.linspace(0, 1, 8)[:, None]       # ragged: the first row has nothing at all
+    results = []
+    for cut in (1, 2, 4, 8):
+        torch.manual_seed(0)
+        net = Counting(4, 4).double()
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+        run = common.Run(0, 0, 1, torch.device("cpu"), torch.float64, 0)
+
+        def loss_of(batch, net=net):
+            x, y, keep = batch
+            return ((net(x) - y).square().sum(-1) * keep).sum(), keep.sum()
+        batches = list(zip(x.chunk(cut), y.chunk(cut), keep.chunk(cut), strict=True))
+        done = [common.update(run, net, [optimizer], batches, loss_of, 0.5, s) for s in range(3)]
+        results.append((net.weight.detach(), [d.loss for d in done], [d.grad_norm for d in done]))
+    for weight, losses, norms in results[1:]:
+        close(weight, results[0][0])
+        assert losses == pytest.approx(results[0][1], rel=1e-12) and norms == pytest.approx(results[0][2], rel=1e-12)
+
+
+def test_gradients_are_synchronised_on_the_last_micro_batch_only(monkeypatch):
+    net = Counting(2, 1)
+    run = common.Run(0, 0, 2, torch.device("cpu"), torch.float32, 0)
+    monkeypatch.setattr(common.dist, "all_reduce", lambda t: None)
+    common.update(run, net, [torch.optim.SGD(net.parameters(), lr=0.1)], [torch.ones(3, 2)] * 4,
+                  lambda x: (net(x).sum(), len(x)), 0, 0)
+    assert net.unsynced == 3
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_non_finite_update_leaves_the_weights(poison):
+    net = torch.nn.Linear(2, 1)
+    before = net.weight.clone()
+    run = common.Run(0, 0, 1, torch.device("cpu"), torch.float32, 0)
+    done = common.update(run, net, [torch.optim.AdamW(net.parameters(), lr=0.1)], [torch.full((3, 2), poison)],
+                         lambda x: (net(x).sum(), 3), 1.0, 0)
+    assert not done.applied and torch.equal(net.weight, before) and net.weight.grad is None
+
+
+def test_run_that_only_diverges_stops_and_names_the_rows(train, tmp_path):
+    with pytest.raises(common.BadInput, match=r"3 updates in a row was not finite.*lower LR.*rows \d+-\d+"):
+        train(OPTIMIZER="adamw", LR=1e38, WARMUP=0, MAX_BAD_STEPS=3, CLIP=0.0)
+
+
+@pytest.mark.parametrize("window, hour, inside", [
+    ("22:00-07:00", 23, True), ("22:00-07:00", 3, True), ("22:00-07:00", 7, False), ("22:00-07:00", 12, False),
+    ("01:00-05:00", 2, True), ("01:00-05:00", 5, False), ("", 3, False)])
+def test_night(window, hour, inside):
+    assert common.in_window(window, datetime.time(hour)) is inside
+
+
+def test_night_changes_threads_and_micro_batch_but_not_the_update(train, tmp_path, monkeypatch):
+    train(OUT=str(tmp_path / "day"), OPTIMIZER="adamw")
+    threads, used, real = torch.get_num_threads(), [], common.update
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    monkeypatch.setattr(common, "update", lambda *a: used.append(len(a[3])) or real(*a))
+    now = datetime.datetime.now()
+    window = f"{now.hour:02}:{now.minute:02}-{(now.hour + 2) % 24:02}:{now.minute:02}"
+    with pytest.raises(common.BadInput, match="not of the form 22:00-07:00"):
+        train(NIGHT="ten")
+    train(OUT=str(tmp_path / "night"), OPTIMIZER="adamw", NIGHT=window)
+    assert used[:3] == [2, 4, 2] and threads == 1            # half the threads; micro-batches of 2 rows, not 4
+    same_weights(weights(tmp_path / "day"), weights(tmp_path / "night"), 1e-5)
+
+
+# Layers against the obvious.
+
+def test_rope_scores_depend_on_distance_alone():
+    table = common.rope_table(16, 64).double()
+    q, k = torch.randn(1, 1, 1, 16).double(), torch.randn(1, 1, 1, 16).double()
+
+    def score(t, s):
+        turned = [common.rotate(x, *table[:, p].view(2, 1, 1, 8)) for x, p in ((q, t), (k, s))]
+        return (turned[0] * turned[1]).sum()
+    close(score(5, 2), score(40, 37), 1e-6)
+    assert abs(score(5, 2) - score(5, 3)) > 1e-3
+
+
+@pytest.mark.parametrize("factor", [1.0, 4.0])
+def test_rope_and_yarn_equal_transformers(factor):
+    from transformers import Qwen3Config
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+    rope = {"rope_type": "default", "rope_theta": 1e6} if factor == 1 else {
+        "rope_type": "yarn", "rope_theta": 1e6, "factor": factor, "original_max_position_embeddings": 512}
+    config = Qwen3Config(hidden_size=128, num_attention_heads=2, head_dim=64, max_position_embeddings=2048, rope_parameters=rope)
+    assert factor == 1 or "yarn" in ROPE_INIT_FUNCTIONS
+    cos, sin = Qwen3RotaryEmbedding(config)(torch.zeros(1), torch.arange(2048)[None])
+    ours = common.rope_table(64, 2048, 1e6, factor, 512)
+    close(ours[0], cos[0, :, :32], 2e-4)
+    close(ours[1], sin[0, :, :32], 2e-4)
+
+
+@pytest.mark.parametrize("tied, qk_norm", [(True, True), (False, True)])
+def test_weights_map_one_to_one_onto_qwen3(tied, qk_norm):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    ours = tiny_lm(tied=tied, qk_norm=qk_norm).float()
+    s = ours.sizes
+    theirs = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=s["head_dim"],
+        intermediate_size=s["hidden_dim"], rms_norm_eps=s["eps"], tie_word_embeddings=tied,
+        rope_parameters={"rope_type": "default", "rope_theta": s["theta"]}, max_position_embeddings=128)).eval()
+    names = [("embedding", "model.embed_tokens"), ("layers", "model.layers"), ("attention.q.", "self_attn.q_proj."),
+             ("attention.k.", "self_attn.k_proj."), ("attention.v.", "self_attn.v_proj."), ("attention.out", "self_attn.o_proj"),
+             ("attention.norm_q", "self_attn.q_norm"), ("attention.norm_k", "self_attn.k_norm"), ("mlp.gate", "mlp.gate_proj"),
+             ("mlp.up", "mlp.up_proj"), ("mlp.down", "mlp.down_proj"), ("norm_attn", "input_layernorm"),
+             ("norm_mlp", "post_attention_layernorm"), ("head.", "lm_head.")]
+    state = {}
+    for name, value in ours.state_dict().items():
+        name = "model.norm.weight" if name == "norm.weight" else name
+        for a, b in names:
+            name = name.replace(a, b) if not name.startswith("model.norm") else name
+        state[name] = value
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    ids = torch.randint(0, 300, (2, 50))
+    with torch.no_grad():
+        close(ours.hidden(ids)[0] @ ours.head_weight.T, theirs(ids).logits, 1e-4)
+
+
+def random_documents(B, T, pad):
+    docs = (torch.rand(B, T) < 0.06).long().cumsum(1)
+    docs[0] = 0                                                          # one long document
+    docs[1, T - pad:] = -1
+    return docs
+
+
+@pytest.mark.parametrize("B, T", [(3, 5), (2, 64), (3, 301), (2, 530)])
+def test_document_attention_equals_its_twin_with_gradients(B, T):
+    torch.manual_seed(T)
+    docs = random_documents(B, T, T // 5)
+    q, k, v = (torch.randn(B, h, T, 8, dtype=torch.float64, requires_grad=True) for h in (6, 2, 2))
+    real = (docs >= 0)[:, None, :, None]
+    weight = torch.randn(B, 6, T, 8).double() * real
+    fast = common.attend_documents(q, k, v, common.Documents(docs))
+    slow = common.attend(q, k, v, common.causal_keep(docs))
+    close(fast * real, slow * real)
+    assert not fast.masked_select(~real).any()                          # padding gets zeros
+    for a, b in zip(torch.autograd.grad((fast * weight).sum(), (q, k, v)),
+                    torch.autograd.grad((slow * weight).sum(), (q, k, v)), strict=True):
+        close(a, b, 1e-11)
+
+
+def test_grouped_heads_equal_repeated_heads():
+    q, k, v = (torch.randn(2, h, 40, 8).double() for h in (6, 2, 2))
+    documents = common.Documents(torch.zeros(2, 40, dtype=torch.long))
+    wide = [x.repeat_interleave(3, 1) for x in (k, v)]
+    close(common.attend_documents(q, k, v, documents), common.attend_documents(q, *wide, documents))
+
+
+@pytest.mark.parametrize("model", ["lm", "moe", "classic"])
+def test_nothing_leaks_from_the_future_or_a_neighbour(model):
+    if model == "classic":
+        net = common.Classic(300, 32, 2, 4, 64, 128).double().eval()
+    else:
+        net = tiny_lm(n_experts=4 if model == "moe" else 0).eval()
+    ids, docs = torch.randint(3, 300, (1, 90)), (torch.arange(90) // 37)[None]
+    before = net.hidden(ids, docs)[0]
+    changed = ids.clone()
+    changed[0, 60] = 5
+    after = net.hidden(changed, docs)[0]
+    same = (before == after).all(-1)[0] if model == "lm" else ((before - after).abs() < 1e-12).all(-1)[0]
+    assert same[:60].all() and same[74:].all() and not same[60:74].any()
+
+
+def test_packed_equals_unpacked_loss_and_gradients():
+    net = tiny_lm()
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(3, 300, n) for n in (20, 3, 41, 30, 17, 2)]
+    packed = common.collate([[(d,) for d in documents]], 128)
+    padded = common.collate([[(d,)] for d in documents], 64)
+    grads = []
+    for ids, targets, docs in (packed, padded):
+        loss, count, _ = net(ids, docs, targets)
+        net.zero_grad()
+        loss.backward()
+        grads.append((loss.detach(), count, [p.grad.clone() for p in net.parameters()]))
+    assert grads[0][1] == grads[1][1] == sum(len(d) - 1 for d in documents)
+    close(grads[0][0], grads[1][0])
+    for a, b in zip(grads[0][2], grads[1][2], strict=True):
+        close(a, b, 1e-10)
+
+
+@pytest.mark.parametrize("n, v", [(1, 7), (200, 50), (777, 6400)])
+def test_chunked_cross_entropy_equals_the_full_one(n, v):
+    h, w = torch.randn(n, 16, dtype=torch.float64, requires_grad=True), torch.randn(v, 16, dtype=torch.float64, requires_grad=True)
+    y = torch.randint(0, v, (n,))
+    y[::3] = common.IGNORE
+    loss, count = common.linear_cross_entropy(h[None], w, y[None])
+    full = F.cross_entropy(h @ w.T, y, ignore_index=common.IGNORE, reduction="sum")
+    assert count == (y >= 0).sum()
+    close(loss, full)
+    for a, b in zip(torch.autograd.grad(3 * loss, (h, w)), torch.autograd.grad(3 * full, (h, w)), strict=True):
+        close(a, b)
+    h32, w32 = h.detach().float().requires_grad_(), w.detach().float().requires_grad_()
+    if n == 777:
+        peak = bench.peak_of(lambda: common.linear_cross_entropy(h32[None], w32, y[None])[0].backward())
+        assert peak < 2 * bench.peak_of(lambda: torch.empty(700, 6400)) + 2 * w32.numel() * 4 + 2**20
+    h, y = torch.randn(9000, 16), torch.randint(0, 6400, (9000,))
+    if n == 777:  # eleven times the rows, not the memory
+        many = bench.peak_of(lambda: common.linear_cross_entropy(h.requires_grad_()[None], w32, y[None])[0].backward())
+        assert many < 2 * peak and many < 9000 * 6400 * 4 / 4
+
+
+def test_moe_equals_a_loop_over_tokens_and_drops_none():
+    torch.manual_seed(0)
+    moe = common.MoE(16, 24, 5, 2, 1).double()
+    for p in moe.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    moe.router.weight.data[0] += 3                                       # uneven on purpose
+    x, real = torch.randn(2, 21, 16, dtype=torch.float64, requires_grad=True), torch.rand(2, 21) < 0.8
+    y, balance = moe(x, real)
+    rows, even = [], torch.zeros((), dtype=torch.float64)
+    for b in range(2):
+        share, mean = torch.zeros(5).double(), torch.zeros(5).double()
+        for t in range(21):
+            p = (moe.router.weight @ x[b, t]).softmax(0)
+            top, chosen = p.topk(2)
+            rows.append(moe.shared(x[b, t]) + sum(w / top.sum() * moe.experts[e](x[b, t]) for w, e in zip(top, chosen.tolist(), strict=True)))
+            if real[b, t]:
+                share[chosen] += 1 / (2 * real[b].sum().item())
+                mean = mean + p / real[b].sum().item()
+        even = even + 5 * (share * mean).sum() * real[b].sum()
+    close(y.view(-1, 16), torch.stack(rows))
+    close(balance, even)
+    parameters = [x, *moe.parameters()]
+    for a, b in zip(torch.autograd.grad(y.square().sum() + balance, parameters),
+                    torch.autograd.grad(torch.stack(rows).square().sum() + even, parameters), strict=True):
+        close(a, b, 1e-10)
+    halves = [moe(part, keep)[1] for part, keep in zip(x.split(1), real.split(1), strict=True)]
+    close(sum(halves), balance)                                          # adds up over micro-batches
+
+
+# Generation.
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("experts", [0, 4])
+def test_cached_reading_equals_the_parallel_pass_at_every_position(joined, experts):
+    net = tiny_lm(n_experts=experts).eval()
+    ids = torch.randint(3, 300, (1, 40))
+    with torch.no_grad():
+        parallel = net.hidden(ids)[0][0]
+        if joined:
+            net = common.for_inference(net, torch.float64)
+        for cut in ([1] * 40, [7, 1, 1, 13, 1, 17], [39, 1]):            # token by token, in chunks, in one pass
+            cache, at = common.Cache(net, 1, 40), 0
+            for n in cut:
+                last = net.read(ids[:, at:at + n], [n], cache)
+                at += n
+                close(last[0], parallel[at - 1], 1e-10)
+
+
+@pytest.mark.parametrize("settings_", [dict(temperature=0), dict(temperature=0.9, top_k=20, top_p=0.9, repetition_penalty=1.3)])
+def test_ragged_batch_equals_one_at_a_time_cached_or_not(settings_):
+    net = common.for_inference(tiny_lm(), torch.float64)
+    prompts = [[1, 5, 9], [1], list(range(3, 40)), [1, 7]]
+
+    def tokens_of(prompts, seeds, **more):
+        steps = list(common.generate(net, prompts, 30, seeds=seeds, eos=-1, **settings_, **more))
+        return [list(row) for row in zip(*steps, strict=True)]
+    together = tokens_of(prompts, [1, 2, 3, 4])
+    assert together == tokens_of(prompts, [1, 2, 3, 4], cached=False)
+    assert together == [tokens_of([p], [s])[0] for p, s in zip(prompts, [1, 2, 3, 4], strict=True)]
+
+
+def test_sampling_follows_its_settings():
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+    generators = [torch.Generator().manual_seed(0)]
+
+    def shares(**settings_):
+        wide = dict(temperature=1.0, top_k=0, top_p=1.0, generators=generators * 4000)
+        drawn = common.choose(logits.expand(4000, 4), **{**wide, **settings_})
+        return torch.bincount(drawn, minlength=4) / 4000
+    torch.testing.assert_close(shares(), logits[0].softmax(0), rtol=0, atol=0.03)
+    torch.testing.assert_close(shares(temperature=2.0), (logits[0] / 2).softmax(0), rtol=0, atol=0.03)
+    assert (shares(top_k=2) > 0).tolist() == [False, False, True, True]
+    assert (shares(top_p=0.7) > 0).tolist() == [False, False, True, True]      # 0.644 alone is not enough
+    assert (shares(top_p=0.6) > 0).tolist() == [False, False, False, True]
+    assert shares(temperature=0).tolist() == [0, 0, 0, 1]
+
+
+def test_repetition_penalty_and_end_of_text():
+    net = common.for_inference(tiny_lm(), torch.float64)
+    plain = [s[0] for s in common.generate(net, [[1, 4]], 40, temperature=0, eos=-1)]
+    hard = [s[0] for s in common.generate(net, [[1, 4]], 40, temperature=0, eos=-1, repetition_penalty=1e6)]
+    assert len(set(hard)) == 40 > len(set(plain))
+    steps = list(common.generate(net, [[1, 4], [1, 5]], 40, temperature=0, eos=plain[3]))
+    row = [s[0] for s in steps]
+    assert row[:4] == plain[:4] and set(row[4:]) <= {None}
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(max_tokens=200), r"prompt of 3 tokens and MAX_TOKENS 200 pass the context of 128"),
+    (dict(temperature=-1.0), "TEMPERATURE -1"), (dict(top_p=0.0), "TOP_P 0"), (dict(max_tokens=0), "MAX_TOKENS 0")])
+def test_generation_refuses_with_the_numbers(changes, message):
+    with pytest.raises(common.BadInput, match=message):
+        list(common.generate(tiny_lm(), [[1, 2, 3]], **{"max_tokens": 5, **changes}))
+
+
+def test_yarn_stretches_the_context():
+    net = tiny_lm()
+    saved = {"kind": "LM", "sizes": net.sizes, "model": net.state_dict(), "step": 0}
+    longer = common.build(saved, yarn=4.0)
+    assert longer.context == 512
+    assert len(list(common.generate(longer, [list(range(1, 200))], 60, eos=-1))) == 60
+
+
+# Text.
+
+def test_special_strings_in_a_text_stay_text(tokenizer):
+    ids = common.encode(tokenizer, "a</s>b<s><pad>")
+    assert not set(ids) & {0, 1, 2}
+    table = common.token_bytes(tokenizer)
+    assert b"".join(table[i] for i in ids).decode() == "a</s>b<s><pad>"
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text())
+def test_any_text_survives_the_tokenizer(tokenizer, text):
+    table = common.token_bytes(tokenizer)
+    assert b"".join(table[i] for i in common.encode(tokenizer, text)).decode() == text
+
+
+@pytest.fixture(scope="session")
+def hf_tokenizer(tokens):
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoTokenizer.from_pretrained(tokens)
+
+
+@settings(max_examples=100, deadline=None)
+@given(turns=st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]),
+                                st.text().filter(lambda t: not any(s in t for s in common.SPECIAL))), min_size=1, max_size=5),
+       reply=st.booleans())
+def test_chat_ids_and_mask_equal_apply_chat_template(tokenizer, hf_tokenizer, turns, reply):
+    messages = [{"role": r, "content": c} for r, c in turns]
+    theirs = hf_tokenizer.apply_chat_template(messages, add_generation_prompt=reply, tokenize=True, return_dict=True,
+                                              return_assistant_tokens_mask=True)
+    ids, mask = common.render_chat(tokenizer, messages, reply)
+    assert ids == theirs["input_ids"] and [int(m) for m in mask] == theirs["assistant_masks"]
+
+
+@pytest.mark.parametrize("message", [{"role": "robot", "content": "x"}, {"role": "user"}, {"role": "user", "content": None}])
+def test_chat_refuses_a_broken_turn(tokenizer, message):
+    with pytest.raises(common.BadInput, match="a message needs a role"):
+        common.render_chat(tokenizer, [message])
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(alphabet="ab🙂山\n", max_size=30), stop=st.lists(st.text(alphabet="ab🙂山", min_size=1, max_size=4), max_size=3),
+       cuts=st.lists(st.integers(1, 3), min_size=1))
+def test_stream_splits_no_character_and_stops_at_the_first_stop_string(text, stop, cuts):
+    raw, pieces, at, i = text.encode(), [], 0, 0
+    while at < len(raw):
+        pieces.append(raw[at:at + cuts[i % len(cuts)]])
+        at, i = at + len(pieces[-1]), i + 1
+    stream, out = common.TextStream(pieces, stop), ""
+    for n in range(len(pieces)):
+        piece = stream.feed(n)
+        assert "\ufffd" not in piece
+        out += piece
+        if stream.ended:
+            break
+    out += stream.finish()
+    ends = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
+    assert out == (text[:min(ends)[1]] if ends else text)
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(1, 50), max_size=200), seed=st.integers(0, 3))
+def test_packing_places_every_document_once_and_whole(lengths, seed):
+    order, bounds = common.pack(np.array(lengths, np.int64), 50, seed)
+    assert sorted(order) == list(range(len(lengths))) and bounds[-1] == len(lengths)
+    assert all(sum(lengths[d] for d in order[a:b]) <= 50 for a, b in zip(bounds, bounds[1:], strict=False))
+    assert len(bounds) == len(common.pack(np.array(lengths, np.int64), 50, seed + 1)[1])
+
+
+def test_packing_leaves_little_empty():
+    lengths = np.random.default_rng(0).geometric(1 / 80, 20_000).clip(1, 512)
+    order, bounds = common.pack(lengths, 512)
+    assert lengths.sum() / (len(bounds) - 1) / 512 > 0.97
+
+
+# Data.
+
+def test_token_files_lose_nothing(text, tokens, tokenizer):
+    meta = json.loads((tokens / "meta.json").read_text())
+    rows = [json.loads(line)["text"] for line in text.read_text().splitlines()]
+    table, found = common.token_bytes(tokenizer), []
+    for split in ("train", "valid"):
+        ids, bounds = np.fromfile(tokens / f"{split}.bin", np.uint16), np.load(tokens / f"{split}.idx.npy")
+        part = [b"".join(table[i] for i in ids[a:b]).decode() for a, b in zip(bounds, bounds[1:], strict=False)]
+        assert all(ids[a] == common.BOS and ids[b - 1] == common.EOS for a, b in zip(bounds, bounds[1:], strict=False))
+        assert meta[split]["documents"] == len(part) and meta[split]["bytes"] == sum(len(t.encode()) for t in part)
+        found += part
+    assert sorted(found) == sorted(rows) and meta["valid"]["documents"] > 30
+
+
+def test_documents_longer_than_a_row_are_cut_and_each_token_predicted_once(tokens):
+    for seq_len in (8, 64):
+        rows = train_pretrain.Rows(tokens, "train", seq_len)
+        for epoch in (0, 1):
+            targets = torch.cat([t[t >= 0] for _, t, _ in rows.batches(range(epoch * rows.count, (epoch + 1) * rows.count), 8, "cpu")])
+            expected = np.concatenate([d[1:] for d in np.split(np.array(rows.tokens), np.load(tokens / "train.idx.npy")[1:-1])])
+            assert np.array_equal(np.bincount(targets), np.bincount(expected))
+
+
+def test_windows_with_stride_cover_the_stream(tokens):
+    rows = train_pretrain.Rows(tokens, "train", 64, 48)
+    starts = sorted(rows.starts)
+    assert max(np.diff(starts)) <= 48 and starts[-1] + 64 + 1 == len(rows.tokens) and len(rows.documents(0)[0][0]) == 65
+
+
+def write(path, data):
+    (gzip.open if path.name.endswith(".gz") else open)(path, "wb").write(data)
+    return path
+
+
+def test_broken_rows_are_counted_named_and_left_out(tmp_path, capsys):
+    good = [json.dumps({"text": f"document number {i} of the set"}).encode() for i in range(50)]
+    bad = [b"{broken", b'{"text": 5}', b'{"other": "x"}', b'{"text": "\xff\xfe"}', b'{"text": "  "}', b'[1]', b"[" * 100_000,
+           b'{"text": "\\ud800"}']
+    path = write(tmp_path / "x.jsonl.gz", b"\n".join(good + bad + [b"", b'{"text": "nul \\u0000 inside"}']))
+    folder = prepare_text.prepare(path, vocab_size=300, out=tmp_path / "out")
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta["bad_rows"] == len(bad) and meta["train"]["documents"] + meta["valid"]["documents"] == 51
+    named = (folder / "bad_rows.txt").read_text()
+    assert "x.jsonl.gz:51: not JSON" in named and "x.jsonl.gz:54: not UTF-8" in named and "nested too deeply" in named
+    assert "8 rows left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, data, message", [
+    ("empty.jsonl", b"", "is empty"), ("blank.txt", b"\n\n \n", "no usable document"),
+    ("gbk.jsonl", '{"text": "春眠不觉晓"}\n'.encode("gb18030") * 30, "no usable document; first problem: gbk.jsonl:1: not UTF-8"),
+    ("cut.jsonl.gz", gzip.compress(b'{"text": "some words here"}\n' * 5000)[:150], "damaged or cut short"),
+    ("plain.jsonl.gz", b'{"text": "not gzip"}\n', "damaged or cut short"), ("table.csv", b"a,b", "is not one of .jsonl"),
+    ("one.jsonl", b'{"text": "only one"}\n', "too few to hold one out")])
+def test_unusable_data_is_one_sentence(tmp_path, name, data, message):
+    with pytest.raises(common.BadInput, match=message.replace(".", r"\.")):
+        (tmp_path / name).write_bytes(data)
+        prepare_text.prepare(tmp_path / name, vocab_size=300, out=tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_plain_text_becomes_documents_without_loss(tmp_path):
+    text = "\n\n".join(f"Paragraph {i} " + "word " * (i % 60) for i in range(300))
+    path = write(tmp_path / "book.txt", text.encode())
+    parts = [t for t, _ in prepare_text.documents(path, prepare_text.BadRows(), txt_chars=500)]
+    assert len(parts) > 20 and "".join("".join(parts).split()) == "".join(text.split())
+
+
+def test_held_out_documents_do_not_depend_on_order_or_neighbours(text):
+    rows = [json.loads(line)["text"] for line in text.read_text().splitlines()]
+    assert [prepare_text.held_out(t, 0.1) for t in rows] == [prepare_text.held_out(t, 0.1) for t in reversed(rows)][::-1]
+    assert all(prepare_text.held_out(t, 1.0) for t in rows) and not any(prepare_text.held_out(t, 0.0) for t in rows)
+
+
+@pytest.mark.parametrize("size", [100, 70_000])
+def test_vocabularies_out_of_range_are_refused(text, tmp_path, size):
+    with pytest.raises(common.BadInput, match=f"VOCAB_SIZE {size} must be between 259"):
+        prepare_text.prepare(text, vocab_size=size, out=tmp_path / "out")
+    with pytest.raises(common.BadInput, match=f"VOCAB_SIZE {size} must be between 259"):
+        prepare_tokenizer.train(["text"], tmp_path / "t.json", size)
+
+
+def test_foreign_tokenizers_are_refused(tmp_path):
+    from tokenizers import Tokenizer, models
+    Tokenizer(models.BPE()).save(str(tmp_path / "t.json"))
+    with pytest.raises(common.BadInput, match="must hold <pad>, <s>, </s> as ids 0, 1, 2"):
+        common.load_tokenizer(tmp_path / "t.json")
+    big = {s: i for i, s in enumerate([*common.SPECIAL, *(f"t{i}" for i in range(65_600))])}
+    Tokenizer(models.WordLevel(big, unk_token="<pad>")).save(str(tmp_path / "big.json"))
+    with pytest.raises(common.BadInput, match="at most 65,535"):
+        common.load_tokenizer(tmp_path / "big.json")
+
+
+def test_tokenizer_training_repeats_itself(text, tmp_path, monkeypatch):
+    for name in "ab":
+        monkeypatch.setattr(prepare_tokenizer, "DATA", str(text))
+        monkeypatch.setattr(prepare_tokenizer, "OUT", str(tmp_path / name / "tokenizer.json"))
+        monkeypatch.setattr(prepare_tokenizer, "VOCAB_SIZE", 300)
+        assert prepare_tokenizer.main()["vocab_size"] == 300
+    assert (tmp_path / "a/tokenizer.json").read_bytes() == (tmp_path / "b/tokenizer.json").read_bytes()
+
+
+def test_python_docs_hold_what_they_promise(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_python_docs, "OUT", str(tmp_path))
+    monkeypatch.setattr(prepare_python_docs, "PER_TASK", 50)
+    prepare_python_docs.main()
+    rows = {name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+            for name in ("pretrain", "sft", "dpo", "lora")}
+    assert len(rows["pretrain"]) > 3000 and sum(len(r["text"]) for r in rows["pretrain"]) > 1_000_000
+    answers = {}
+    for row in rows["sft"]:
+        turns = row["conversations"]
+        assert turns[-1]["role"] == "assistant" and turns[-1]["content"]
+        question = json.dumps(turns[:-1])
+        assert answers.setdefault(question, turns[-1]["content"]) == turns[-1]["content"]
+    for row in rows["dpo"]:
+        assert row["chosen"][:-1] == row["rejected"][:-1] and row["chosen"][-1] != row["rejected"][-1]
+
+
+# Checkpoints and whole runs.
+
+def unigram_nats(tokens):
+    """The trivial baseline: nats per token of held-out text under training frequencies (add one)."""
+    def predicted(split):
+        ids, bounds = np.fromfile(tokens / f"{split}.bin", np.uint16), np.load(tokens / f"{split}.idx.npy")
+        return np.delete(ids, bounds[:-1])
+    counts = np.bincount(predicted("train"), minlength=320) + 1
+    return -np.log(counts / counts.sum())[predicted("valid")].mean()
+
+
+@pytest.mark.parametrize("constants", [
+    dict(), dict(OPTIMIZER="adamw"), dict(N_EXPERTS=4), dict(MODEL="classic", HIDDEN_DIM=64, OPTIMIZER="adamw", SCHEDULE="wsd"),
+    dict(STRIDE=32), dict(DTYPE="bfloat16"), dict(DTYPE="float16", OPTIMIZER="adamw"), dict(TIED=False, QK_NORM=False, DROPOUT=0.05)],
+    ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()) or "default")
+def test_training_learns_well_below_unigrams(train, tokens, tmp_path, constants):
+    found = train(STEPS=80, WARMUP=8, EVAL_EVERY=40, LR=1e-2, **constants)
+    assert found["nats_per_token"] < 0.62 * unigram_nats(tokens), (found, unigram_nats(tokens))
+    lines = common.read_metrics(tmp_path / "run")
+    assert lines[-1]["final"] and lines[-1]["bits_per_byte"] == found["bits_per_byte"]
+    meta = json.loads((tokens / "meta.json").read_text())["valid"]
+    assert found["bytes"] == meta["bytes"] and found["tokens"] == meta["tokens"] - meta["documents"]
+    for name in ("best.pt", "checkpoint.pt", "model.safetensors", "config.json", "curves.png", "tokenizer.json"):
+        assert (tmp_path / "run" / name).stat().st_size > 0
+
+
+def test_compiled_training_equals_eager(train, tmp_path):
+    pytest.importorskip("torch._inductor")
+    if not __import__("shutil").which("g++"):
+        pytest.skip("no C++ compiler")
+    for compile in ("yes", "no"):
+        train(OUT=str(tmp_path / compile), COMPILE=compile, STEPS=5, OPTIMIZER="adamw")
+    a, b = ([x["loss"] for x in common.read_metrics(tmp_path / c) if "loss" in x] for c in ("yes", "no"))
+    assert a == pytest.approx(b, rel=1e-4) and a[0] != a[-1]
+
+
+def test_scoring_unseen_text_uses_the_best_checkpoint(train, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_text, "CACHE", str(tmp_path / "cache"))
+    trained = train(STEPS=40, LR=1e-2)
+    found = train(EVAL=str(text))
+    assert json.loads((tmp_path / "run/eval.json").read_text()) == found
+    assert found["bytes"] == sum(len(json.loads(x)["text"].encode()) for x in text.read_text().splitlines())
+    assert abs(found["bits_per_byte"] - trained["bits_per_byte"]) < 0.25 * trained["bits_per_byte"]
+
+
+def test_separate_validation_file_and_start_from_a_checkpoint(train, text, tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_text, "CACHE", str(tmp_path / "cache"))
+    first = train(STEPS=40, LR=1e-2, OUT=str(tmp_path / "first"))
+    second = train(DATA=str(text), VALID=str(text), INIT=str(tmp_path / "first"), STEPS=4, LR=1e-4, MUON_LR=1e-4, DIM=999)
+    assert common.read_metrics(tmp_path / "run")[0]["valid_nats_per_token"] < 1.2 * first["nats_per_token"]
+    assert second["tokens"] > 5 * first["tokens"]
+
+
+def test_a_finished_or_changed_run_is_set_aside_never_overwritten(train, tmp_path, capsys):
+    train()
+    before = weights(tmp_path / "run")
+    train()
+    assert "is finished; it is now" in capsys.readouterr().out
+    same_weights(weights(tmp_path / "run~1"), before)
+    train(RESUME=False, MICRO_BATCH=8)
+    assert (tmp_path / "run~2").exists()
+    with pytest.raises(SystemExit):
+        interrupted(train, 3)
+    train(LR=5e-3)
+    assert "was run with LR=0.003" in capsys.readouterr().out and (tmp_path / "run~3/checkpoint.pt").exists()
+
+
+def interrupted(train, after, **constants):
+    """A run that gets SIGTERM during update `after`."""
+    real = common.update
+
+    def update(run, *rest):
+        if rest[-1] == after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(run, *rest)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "update", update)
+        return train(**constants)
+
+
+@pytest.mark.parametrize("constants", [dict(), dict(DTYPE="float16", OPTIMIZER="adamw", DROPOUT=0.1), dict(MODEL="classic", HIDDEN_DIM=64)],
+                         ids=["muon", "float16", "classic"])
+def test_sigterm_saves_the_last_step_and_the_rerun_repeats_the_uninterrupted_run(train, tmp_path, constants):
+    train(OUT=str(tmp_path / "whole"), **constants)
+    for after in (2, 7):
+        with pytest.raises(SystemExit) as stopped:
+            interrupted(train, after, **constants)
+        assert stopped.value.code == 128 + signal.SIGTERM
+        assert common.load(tmp_path / "run/checkpoint.pt")["step"] == after + 1
+    train(**constants)
+    same_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_kill_9_loses_at_most_one_save_interval_and_nothing_of_the_result(tokens, tmp_path, ranks):
+    args = words(tokens, SAVE_EVERY=3, STEPS=40, DROPOUT=0.1)
+    whole = launch("train_pretrain.py", *args, f"OUT={tmp_path}/whole", ranks=ranks)
+    finish(whole)
+    for until in (4, 17):
+        process = launch("train_pretrain.py", *args, f"OUT={tmp_path}/run", ranks=ranks, start_new_session=True)
+        while not any(x["step"] >= until for x in metrics_so_far(tmp_path / "run")):
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        for line in os.popen("ps -eo pid,args").read().splitlines():     # torchrun's workers have sessions of their own
+            if f"OUT={tmp_path}/run" in line and "ps -eo" not in line:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(line.split()[0]), signal.SIGKILL)
+        process.wait()
+        reached = metrics_so_far(tmp_path / "run")[-1]["step"]
+        assert common.load_newest(tmp_path / "run")["step"] >= reached - 3
+    finish(launch("train_pretrain.py", *args, f"OUT={tmp_path}/run", ranks=ranks))
+    same_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+
+
+def metrics_so_far(out):
+    with contextlib.suppress(OSError, ValueError):
+        return common.read_metrics(out)
+    return []
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_one_process_and_two_do_the_same_updates(train, tokens, tmp_path, experts):
+    constants = dict(OPTIMIZER="adamw", STEPS=4, LR=1e-3, N_EXPERTS=experts)
+    train(OUT=str(tmp_path / "1x8"), MICRO_BATCH=8, **constants)
+    train(OUT=str(tmp_path / "4x2"), MICRO_BATCH=2, **constants)
+    finish(launch("train_pretrain.py", *words(tokens, MICRO_BATCH=4, OUT=tmp_path / "2 ranks", **constants), ranks=2))
+    for other in ("4x2", "2 ranks"):
+        same_weights(weights(tmp_path / "1x8"), weights(tmp_path / other), 1e-6)
+        for a, b in zip(*(common.read_metrics(tmp_path / o) for o in ("1x8", other)), strict=True):
+            assert a == pytest.approx(b, rel=2e-6)
+
+
+def test_patience_stops_early_and_the_best_is_kept(train, tmp_path):
+    found = train(STEPS=60, EVAL_EVERY=2, PATIENCE=2, LR=0.5, MUON_LR=2.0, WARMUP=0, CLIP=0.0)
+    lines = common.read_metrics(tmp_path / "run")
+    steps = [x["step"] for x in lines if "valid_nats_per_token" in x]
+    best = min((x["valid_nats_per_token"], x["step"]) for x in lines if "valid_nats_per_token" in x)
+    assert steps[-1] < 60 and common.load(tmp_path / "run/best.pt")["step"] == best[1] and found["nats_per_token"] < 9
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "foreign"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(train, tmp_path, damage, capsys):
+    with pytest.raises(SystemExit):
+        interrupted(train, 8)
+    newest = tmp_path / "run/checkpoint.pt"
+    data = newest.read_bytes()
+    if damage == "foreign":
+        torch.save({"hello": 1}, newest)
+    else:
+        newest.write_bytes(data[:len(data) // 2] if damage == "cut" else b"")
+    train()
+    assert "warning" in (said := capsys.readouterr().out) and "going on from step 5" in said
+    (tmp_path / "run/checkpoint.pt").write_bytes(b"x")
+    (tmp_path / "run/checkpoint.prev.pt").write_bytes(b"y")
+    with pytest.raises(common.BadInput, match="start over with RESUME=False"):
+        train()
+
+
+def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/owned",)
+    torch.save({"kind": "LM", "sizes": {}, "step": 1, "model": Evil()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(common.BadInput, match="cannot be read as a checkpoint"):
+        common.load(tmp_path / "checkpoint.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_disk_that_fills_while_saving_leaves_the_earlier_checkpoint_whole(tokens, tmp_path):
+    args = words(tokens, OUT=tmp_path / "run", SAVE_EVERY=3, COMPILE="no")
+    limit = 250_000                                                      # bytes a file: best.pt fits, checkpoint.pt does not
+
+    def small():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    sizes = None
+    process = launch("train_pretrain.py", *args, "STEPS=1000")
+    while not (tmp_path / "run/checkpoint.prev.pt").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert "rerun the same command" in finish(process, 130)
+    sizes = common.load(tmp_path / "run/checkpoint.pt")["step"]
+    assert (tmp_path / "run/checkpoint.pt").stat().st_size > limit > (tmp_path / "run/best.pt").stat().st_size
+    output = finish(launch("train_pretrain.py", *args, "STEPS=1000", preexec_fn=small), 1)
+    assert "could not write" in output and "is whole" in output and "Traceback" not in output
+    assert common.load_newest(tmp_path / "run")["step"] == sizes and not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_data_that_changed_under_an_unfinished_run_are_refused_by_name(train, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_text, "CACHE", str(tmp_path / "cache"))
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text(text.read_text())
+    with pytest.raises(SystemExit):
+        interrupted(train, 3, DATA=str(mine), VOCAB_SIZE=320)
+    mine.write_text("\n".join(text.read_text().splitlines()[:400]))
+    with pytest.raises(common.BadInput, match="the data .*mine.jsonl changed since this run began"):
+        train(DATA=str(mine), VOCAB_SIZE=320)
+    mine.write_text(text.read_text())
+    train(DATA=str(mine), VOCAB_SIZE=320)
+
+
+def test_two_runs_do_not_share_a_folder(train, tmp_path):
+    (tmp_path / "run").mkdir()
+    run = common.Run(0, 0, 1, torch.device("cpu"), torch.float32, 0)
+    common.lock(run, tmp_path / "run")
+    with pytest.raises(common.BadInput, match="another process is training in"):
+        train()
+    run.lock.close()
+
+
+@pytest.mark.parametrize("constants, message", [
+    (dict(BATCH=0), "BATCH 0 must be a positive multiple of 1"), (dict(N_HEADS=3), "N_HEADS 3 must be a positive multiple of 2"),
+    (dict(DIM=30), "DIM 30 is not a multiple of N_HEADS 4"), (dict(MODEL="rnn"), "MODEL 'rnn' is neither lm nor classic"),
+    (dict(OPTIMIZER="sgd"), "OPTIMIZER 'sgd' is neither"), (dict(DTYPE="int8"), "DTYPE 'int8' is not one of auto"),
+    (dict(WANDB="on"), "WANDB 'on' is not one of disabled"), (dict(SCHEDULE="flat"), "SCHEDULE 'flat' is neither"),
+    (dict(N_EXPERTS=2, N_ACTIVE=3), "n_active 3 must be between 1 and n_experts 2"), (dict(INIT="nowhere"), "there is no checkpoint nowhere"),
+    (dict(SEQ_LEN=10**7, STRIDE=1), "longer than all of the"), (dict(COMPILE="maybe"), "COMPILE 'maybe'")])
+def test_constants_that_do_not_fit_are_one_sentence(train, constants, message):
+    with pytest.raises(common.BadInput) as error:
+        train(**constants)
+    assert message in str(error.value)
+
+
+def test_wandb_offline_mirrors_the_run(train, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(STEPS=3, WANDB="offline")
+    assert list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
+
+
+# Serving.
+
+@pytest.fixture(scope="module")
+def trained(tokens, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**TINY, "STEPS": 60, "LR": 1e-2, "DATA": str(tokens), "OUT": str(out), "SEQ_LEN": 128}.items():
+            patch.setattr(train_pretrain, name, value)
+        train_pretrain.main()
+    return out
+
+
+def test_serve_completes_a_prompt_or_standard_input(trained):
+    arguments = ["serve.py", f"CHECKPOINT={trained}", "SEED=3", "MAX_TOKENS=20"]
+    outputs = [finish(launch(*arguments, "PROMPT=the cat", stderr=subprocess.DEVNULL)) for _ in range(2)]
+    assert outputs[0] == outputs[1] and outputs[0].startswith("the cat") and len(outputs[0]) > 20
+    piped = subprocess.run([sys.executable, *arguments], input="the cat\n", capture_output=True, text=True, cwd=ROOT)
+    assert piped.stdout == outputs[0] and "seed 3" in piped.stderr
+    empty = subprocess.run([sys.executable, *arguments], input="", capture_output=True, text=True, cwd=ROOT)
+    assert empty.returncode == 1 and "nothing to continue" in empty.stderr and "Traceback" not in empty.stderr
+
+
+def test_serve_answers_a_file_in_order(trained, tmp_path, monkeypatch):
+    rows = [{"prompt": "the " + "cat " * n, "id": n} for n in (5, 1, 9, 2)] + [
+        {"messages": [{"role": "user", "content": "the sun"}], "id": 77}, {"conversations": [
+            {"role": "user", "content": "the sun"}, {"role": "assistant", "content": "reference"}], "id": 78}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for name, value in dict(CHECKPOINT=str(trained), PROMPTS=str(tmp_path / "p.jsonl"), ANSWERS=str(tmp_path / "a.jsonl"),
+                            MAX_TOKENS=12, BATCH=3, DTYPE="float32").items():
+        monkeypatch.setattr(serve, name, value)
+    answers = serve.main()
+    written = [json.loads(x) for x in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [r["id"] for r in written] == [5, 1, 9, 2, 77, 78] and all(set(r) == {"id", "answer"} for r in written)
+    assert answers[4] == answers[5]
+    monkeypatch.setattr(serve, "BATCH", 1)
+    assert serve.main() == answers
+    monkeypatch.setattr(serve, "MAX_TOKENS", 127)
+    with pytest.raises(common.BadInput, match=r"p.jsonl:\d: \d+ tokens and MAX_TOKENS 127 pass the context of 128"):
+        serve.main()
+    (tmp_path / "p.jsonl").write_text('{"text": "x"}\n')
+    with pytest.raises(common.BadInput, match="p.jsonl:1: a row needs prompt, messages or conversations"):
+        serve.main()
+
+
+def test_serve_streams_the_classic_model_too(train, tmp_path, monkeypatch, capsys):
+    train(MODEL="classic", HIDDEN_DIM=64, STEPS=3)
+    for name, value in dict(CHECKPOINT=str(tmp_path / "run"), PROMPT="the", MAX_TOKENS=9, SEED=0, STOP=("zzz",)).items():
+        monkeypatch.setattr(serve, name, value)
+    capsys.readouterr()
+    assert serve.main() and capsys.readouterr().out.startswith("the")
+
+
+# The benchmark's own promises.
+
+def test_bench_twin_is_the_same_model(tokens):
+    """The baseline computes what ours does, or the ratio would mean nothing."""
+    ours, twin = tiny_lm(qk_norm=False).float(), bench.Twin(300, 32, 2, 4, 2, 128)
+    twin.load_state_dict({**{k.replace(".attention.", "."): v for k, v in ours.state_dict().items()}, "rope": twin.rope,
+                          "head.weight": ours.head_weight})
+    for norm in (twin.norm, *(n for layer in twin.layers for n in (layer.norm_attn, layer.norm_mlp))):
+        norm.eps = 1e-6
+    ids, targets = torch.randint(0, 300, (2, 60)), torch.randint(0, 300, (2, 60))
+    loss, count, _ = ours(ids, torch.zeros_like(ids), targets)
+    close(loss / count, twin(ids, None, targets)[0], 1e-5)
+
+
+def test_bench_lists_itself():
+    assert "useful tokens" in finish(launch("bench.py"))
+
+
+# On a GPU only.
+
+@gpu
+def test_flex_attention_equals_the_twin_with_gradients():
+    docs = random_documents(2, 256, 30).cuda()
+    q, k, v = (torch.randn(2, h, 256, 64, device="cuda", requires_grad=True) for h in (8, 2, 2))
+    real = (docs >= 0)[:, None, :, None]
+    fast = common.attend_documents(q, k, v, common.Documents(docs)) * real
+    slow = common.attend(q, k, v, common.causal_keep(docs)) * real
+    close(fast, slow, 2e-3)
+    for a, b in zip(torch.autograd.grad(fast.square().sum(), (q, k, v)), torch.autograd.grad(slow.square().sum(), (q, k, v)), strict=True):
+        close(a, b, 2e-2)
+
+
+@gpu
+def test_bfloat16_on_a_gpu_learns_like_float32(train, tmp_path):
+    losses = [train(OUT=str(tmp_path / d), DTYPE=d, STEPS=40)["nats_per_token"] for d in ("bfloat16", "float32")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.03)
