@@ -4,9 +4,9 @@
     python bench.py train           one table; also written to out/bench/train.json
     python bench.py train DATA=my.jsonl.gz REPEAT=5
 
-The baseline ("twin") is the way such repos usually train: rows padded to full length, eager, float32, full logits,
-AdamW unfused; its model is the same size and is written out below. Work alternates between baseline and ours and the
-fastest of REPEAT is kept: these are shared machines.
+The baseline ("twin") is the way such repos usually train: rows padded to full length, eager, float32, full
+logits, AdamW unfused; its model is the same size and is written out below. Work alternates between baseline
+and ours and the fastest of REPEAT is kept: these are shared machines.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ MINUTES = 2.0        # of training per model and seed in `learn`
 SEEDS = 3            # seeds in `learn`
 COMPILE = True       # compile our layers where a C++ compiler is there
 LENGTH = 512         # tokens a row
-ROWS = 4             # rows a step (`train`); MiniMind's and nanoGPT's figures in the issue of speed were taken at 4
+ROWS = 4  # rows a step (`train`); MiniMind's and nanoGPT's figures in the issue of speed were taken at 4
 
 BIG = dict(dim=512, n_layers=8, n_heads=8, n_kv_heads=2, seq_len=512)  # 26M parameters at 6,400 tokens
 
@@ -48,7 +48,11 @@ class TwinLayer(nn.Module):
         self.q, self.out = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.k = nn.Linear(dim, dim // n_heads * n_kv_heads, bias=False)
         self.v = nn.Linear(dim, dim // n_heads * n_kv_heads, bias=False)
-        self.mlp, self.norm_attn, self.norm_mlp = common.SwiGLU(dim, hidden_dim), nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.mlp, self.norm_attn, self.norm_mlp = (
+            common.SwiGLU(dim, hidden_dim),
+            nn.RMSNorm(dim),
+            nn.RMSNorm(dim),
+        )
 
     def heads(self, x, cos, sin):
         return common.rotate(x.unflatten(-1, (-1, cos.shape[-1] * 2)), cos, sin).transpose(1, 2)
@@ -169,10 +173,11 @@ def packed_and_padded(rows):
     """Two batches of real documents: packed rows, and one document a row cut or padded to LENGTH."""
     data = train_pretrain.Rows(text_folder(), "train", LENGTH)
     packed = next(iter(data.batches(list(range(rows)), rows, "cpu")))
-    g = np.random.default_rng(0)
     bounds = np.load(text_folder() / "train.idx.npy")
+    by_length = np.argsort(np.diff(bounds))
+    even = ((np.arange(rows) + 0.5) / rows * len(by_length)).astype(int)  # every part of the distribution alike
     padded = [[(data.tokens[bounds[d]:min(bounds[d + 1], bounds[d] + LENGTH + 1)],)]
-              for d in g.choice(len(bounds) - 1, rows, replace=False)]
+              for d in by_length[even]]
     return packed, common.collate(padded, LENGTH)
 
 
@@ -182,7 +187,14 @@ def limits():
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.randn(2048, 1408).to(dtype), torch.randn(1408, 2048).to(dtype)
         seconds, = fastest(REPEAT * 4, lambda a=a, b=b: a @ b)
-        rows.append(row(f"matmul 2048×1408×2048 {str(dtype)[6:]}", None, 2 * 2048 * 1408 * 2048 / seconds / 1e9, "GFLOP/s"))
+        rows.append(
+            row(
+                f"matmul 2048×1408×2048 {str(dtype)[6:]}",
+                None,
+                2 * 2048 * 1408 * 2048 / seconds / 1e9,
+                "GFLOP/s",
+            )
+        )
     big = torch.ones(2**26)
     seconds, = fastest(REPEAT * 2, lambda: big.sum())
     rows.append(row("read 256 MiB", None, big.numel() * 4 / seconds / 1e9, "GB/s"))
@@ -210,21 +222,45 @@ def train():
     base, *times = fastest(REPEAT, twin_trainer(twin, batch), *steps.values())
     flop = flop_per_token(our_model(), LENGTH) * tokens
     for name, seconds in zip(steps, times, strict=True):
-        rows.append(row(f"forward+backward+step {ROWS}×{LENGTH} full rows, {name}, {str(run.dtype)[6:]}", tokens / base,
-                        tokens / seconds, "tokens/s", share_of_matmul_limit=flop / seconds / 1e9 / peak))
+        rows.append(
+            row(
+                f"forward+backward+step {ROWS}×{LENGTH} full rows, {name}, {str(run.dtype)[6:]}",
+                tokens / base,
+                tokens / seconds,
+                "tokens/s",
+                share_of_matmul_limit=flop / seconds / 1e9 / peak,
+            )
+        )
     big = full_rows(4 * ROWS)
     base, ours = fastest(max(2, REPEAT // 2), twin_trainer(twin, big), trainer(run, works["compiled Muon"][0],
                          muon(works["compiled Muon"][0]), big))
-    rows.append(row(f"forward+backward+step {4 * ROWS}×{LENGTH} full rows, compiled Muon", 4 * tokens / base, 4 * tokens / ours,
-                    "tokens/s", share_of_matmul_limit=4 * flop / ours / 1e9 / peak))
+    rows.append(
+        row(
+            f"forward+backward+step {4 * ROWS}×{LENGTH} full rows, compiled Muon",
+            4 * tokens / base,
+            4 * tokens / ours,
+            "tokens/s",
+            share_of_matmul_limit=4 * flop / ours / 1e9 / peak,
+        )
+    )
     packed, padded = packed_and_padded(4 * ROWS)
     useful = [int((b[1] != common.IGNORE).sum()) for b in (padded, packed)]
     (ids, targets, docs), (ids2, targets2, docs2) = padded, packed
-    base, ours = fastest(max(2, REPEAT // 2), twin_trainer(twin, (ids, docs, targets)),
-                         trainer(run, works["compiled Muon"][0], muon(works["compiled Muon"][0]), (ids2, docs2, targets2)))
+    base, ours = fastest(
+        max(2, REPEAT // 2),
+        twin_trainer(twin, (ids, docs, targets)),
+        trainer(run, works["compiled Muon"][0], muon(works["compiled Muon"][0]), (ids2, docs2, targets2)),
+    )
     name = Path(DATA or "Python documentation").name
-    rows.append(row(f"useful tokens on {name}, {4 * ROWS} rows, packed (full {useful[1] / targets2.numel():.0%}) against "
-                    f"padded (full {useful[0] / targets.numel():.0%})", useful[0] / base, useful[1] / ours, "tokens/s"))
+    rows.append(
+        row(
+            f"useful tokens on {name}, {4 * ROWS} rows, packed ({useful[1] / targets2.numel():.0%} full) against "
+            f"padded (full {useful[0] / targets.numel():.0%})",
+            useful[0] / base,
+            useful[1] / ours,
+            "tokens/s",
+        )
+    )
     common.stop(run)
     return rows
 
@@ -232,7 +268,9 @@ def train():
 def peak_of(work):
     """Bytes allocated at the worst moment of `work`, above what was there before it."""
     work()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         work()
     now = most = 0
     events = sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns())
@@ -253,7 +291,9 @@ def memory():
         base = peak_of(twin_trainer(twin, batch))
         for name, model in (("eager", eager), ("compiled", ours)):
             mine = peak_of(trainer(run, model, adamw(model), batch))
-            rows.append(row(f"peak of a step {n}×{LENGTH}, {name}", base / 2**20, mine / 2**20, "MiB", base / mine))
+            rows.append(
+                row(f"peak of a step {n}×{LENGTH}, {name}", base / 2**20, mine / 2**20, "MiB", base / mine)
+            )
     common.stop(run)
     return rows
 
@@ -276,21 +316,37 @@ def tokenize():
         begin = time.perf_counter()
         prepare_text.prepare(source, folder / "tokenizer.json", out=Path(temporary) / "tokens")
         ours = time.perf_counter() - begin
-    return [row(f"tokenize {Path(source).name}, {size / 1e6:.1f} MB", size / 1e6 / base, size / 1e6 / ours, "MB/s")]
+    return [
+        row(
+            f"tokenize {Path(source).name}, {size / 1e6:.1f} MB", size / 1e6 / base, size / 1e6 / ours, "MB/s"
+        )
+    ]
 
 
 def startup():
-    """From the command to the end of the first update, on text that is tokenised already, the default model."""
+    """From the command to the end of the first update, on text that is tokenised already, the default
+    model."""
     text_folder()
     rows = []
     for name, words in (("eager", ["COMPILE=no"]), ("compiled, kernels cached", ["COMPILE=yes"])):
         seconds = []
         for _ in range(2):  # the first run fills the caches
             with tempfile.TemporaryDirectory() as out:
-                command = [sys.executable, "train_pretrain.py", f"OUT={out}/run", "LOG_EVERY=1", "STEPS=1", "WARMUP=0",
-                           "EVAL_ROWS=8", *words, *([f"DATA={DATA}"] if DATA else [])]
+                command = [
+                    sys.executable,
+                    "train_pretrain.py",
+                    f"OUT={out}/run",
+                    "LOG_EVERY=1",
+                    "STEPS=1",
+                    "WARMUP=0",
+                    "EVAL_ROWS=8",
+                    *words,
+                    *([f"DATA={DATA}"] if DATA else []),
+                ]
                 begin, lines = time.perf_counter(), []
-                with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, stderr=subprocess.STDOUT) as process:
+                with subprocess.Popen(
+                    command, stdout=subprocess.PIPE, text=True, stderr=subprocess.STDOUT
+                ) as process:
                     for line in process.stdout:
                         lines.append(line)
                         if line.startswith("step      1"):
@@ -304,7 +360,8 @@ def startup():
 
 
 def generate():
-    """Generation of 26M parameters, prompt 64, 128 new tokens: ours, without a cache, and with a growing cache."""
+    """Generation of 26M parameters, prompt 64, 128 new tokens: ours, without a cache, and with a growing
+    cache."""
     run, rows = common.start(0, "auto"), []
     bandwidth = next(r["ours"] for r in limits() if r["unit"] == "GB/s")
     torch.manual_seed(0)
@@ -322,28 +379,38 @@ def generate():
                 ids = logits.argmax(-1, keepdim=True)
 
     def our_way(model, batch, new, cached=True):
-        for _ in common.generate(model, torch.randint(3, 6400, (batch, 64)).tolist(), new, temperature=0, eos=-1, cached=cached):
+        for _ in common.generate(
+            model, torch.randint(3, 6400, (batch, 64)).tolist(), new, temperature=0, eos=-1, cached=cached
+        ):
             pass
     plain = our_model(compile=False)
     weights = sum(p.numel() * p.element_size() for p in fast.parameters())
-    alone = None
+    alone, new, few = None, 128, 24  # the uncached loop is slow: its first tokens, the cheapest, stand for all
     for batch in (1, 8):
-        new = 128
-        few = 24  # the uncached loop is slow and its cost per token even: a shorter stretch does
-        uncached, = fastest(1, lambda b=batch: our_way(plain, b, few, False))
-        base, mine = fastest(REPEAT, lambda b=batch: growing(b, new), lambda b=batch: our_way(fast, b, new))
+        uncached, = fastest(1, lambda b=batch: our_way(plain, b, 24, False))
+        base, mine = fastest(REPEAT, lambda b=batch: growing(b, 128), lambda b=batch: our_way(fast, b, 128))
         rate = batch * new / mine
         alone = alone or rate
-        rows.append(row(f"batch {batch}, against no cache, float32", batch * few / uncached, rate, "tokens/s"))
-        rows.append(row(f"batch {batch}, against an eager growing cache, float32", batch * new / base, rate, "tokens/s",
-                        share_of_bandwidth=weights * new / mine / 1e9 / bandwidth))
+        rows.append(
+            row(f"batch {batch}, against no cache, float32", batch * few / uncached, rate, "tokens/s")
+        )
+        rows.append(
+            row(
+                f"batch {batch}, against an eager growing cache, float32",
+                batch * new / base,
+                rate,
+                "tokens/s",
+                share_of_bandwidth=weights * new / mine / 1e9 / bandwidth,
+            )
+        )
     rows.append(row("batch 8 against batch 1, both ours", alone, rate, "tokens/s"))
     common.stop(run)
     return rows
 
 
 def learn():
-    """Equal wall-clock time on the same text, from scratch: bits per byte on held-out documents, SEEDS seeds."""
+    """Equal wall-clock time on the same text, from scratch: bits per byte on held-out documents, SEEDS
+    seeds."""
     folder = text_folder()
     table = common.token_bytes(common.load_tokenizer(folder / "tokenizer.json"))
     valid = train_pretrain.Rows(folder, "valid", LENGTH)
@@ -365,7 +432,12 @@ def learn():
             order = np.random.default_rng(seed).permutation(len(lengths))
             spent, step, budget, seen = 0.0, 0, 60 * MINUTES, 0
             if kind != "twin":  # compile before the clock starts; `startup` says what that costs
-                trainer(run, model, [torch.optim.SGD(model.parameters(), lr=0.0)], next(data.batches(range(8), 8, "cpu")))()
+                trainer(
+                    run,
+                    model,
+                    [torch.optim.SGD(model.parameters(), lr=0.0)],
+                    next(data.batches(range(8), 8, "cpu")),
+                )()
             while spent < budget:
                 begin = time.perf_counter()
                 for optimizer in optimizers:
@@ -373,7 +445,10 @@ def learn():
                         group["lr"] = group["peak"] * common.lr_scale(int(1000 * spent / budget), 1000, 50)
                 if kind == "twin":
                     chosen = [order[(16 * step + i) % len(order)] for i in range(16)]
-                    rows_ = [[(data.tokens[bounds[d]:min(bounds[d + 1], bounds[d] + LENGTH + 1)],)] for d in chosen]
+                    rows_ = [
+                        [(data.tokens[bounds[d] : min(bounds[d + 1], bounds[d] + LENGTH + 1)],)]
+                        for d in chosen
+                    ]
                     ids, targets, docs = common.collate(rows_, LENGTH)
                     loss, count, _ = model(ids, docs, targets)
                     loss.backward()
@@ -394,8 +469,17 @@ def learn():
             common.stop(run)
     mean = {kind: float(np.mean(bits)) for kind, bits in results.items()}
     name = Path(DATA or "Python documentation").name
-    return [row(f"bits per byte after {MINUTES:g} minutes on {name}, muon against {kind}", mean[kind], mean["muon"], "bits/byte",
-                mean[kind] / mean["muon"], seeds={k: results[k] for k in (kind, "muon")}) for kind in ("twin", "adamw")]
+    return [
+        row(
+            f"bits per byte after {MINUTES:g} minutes on {name}, muon against {kind}",
+            mean[kind],
+            mean["muon"],
+            "bits/byte",
+            mean[kind] / mean["muon"],
+            seeds={k: results[k] for k in (kind, "muon")},
+        )
+        for kind in ("twin", "adamw")
+    ]
 
 
 @torch.no_grad()
@@ -415,7 +499,11 @@ def evaluate_plain(model, valid, table, run):
 
 def unpacked(ids, targets, docs):
     """The documents of packed rows, one a row."""
-    rows = [(i[d == n], t[d == n]) for i, t, d in zip(ids, targets, docs, strict=True) for n in range(int(d.max()) + 1)]
+    rows = [
+        (i[d == n], t[d == n])
+        for i, t, d in zip(ids, targets, docs, strict=True)
+        for n in range(int(d.max()) + 1)
+    ]
     out = ids.new_zeros(len(rows), LENGTH), ids.new_full((len(rows), LENGTH), common.IGNORE)
     for r, (i, t) in enumerate(rows):
         out[0][r, :len(i)], out[1][r, :len(t)] = i, t
@@ -441,10 +529,18 @@ def main():
         print("  ".join([r["work"].ljust(width), *(show(r.get(k)).rjust(12) for k in keys)]))
     out = Path("out/bench")
     out.mkdir(parents=True, exist_ok=True)
-    about = {"rows": rows, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else
-             f"{platform.machine()} {torch.get_num_threads()} threads {torch.backends.cpu.get_cpu_capability()}",
-             "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
-             "date": datetime.date.today().isoformat()}
+    about = {
+        "rows": rows,
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.machine()} {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "versions": {
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        "date": datetime.date.today().isoformat(),
+    }
     common.write_whole(out / f"{name}.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
     print(f"written to {out}/{name}.json ({about['device']}, {about['date']})")
     return rows

@@ -1,14 +1,14 @@
 """What every experiment in this repo must do alike to be right; what makes one different is in its script.
 
-Sections: 0 conventions · 1 constants · 2 processes · 3 one update · 4 checkpoints and records · 5 small layers ·
-6 attention and its cache · 8 mixture of experts · 10 language model and generation · 11 text.
+Sections: 0 conventions · 1 constants · 2 processes · 3 one update · 4 checkpoints and records · 5 small
+layers · 6 attention and its cache · 8 mixture of experts · 10 language model and generation · 11 text.
 Nothing refers to a later section.
 """
 
 # 0. Conventions.
-# Shapes: B rows, T queries, S keys, D model width, H query heads, G key/value heads, E head width, L document length,
-# N documents or blocks, K chosen, V vocabulary, X experts. Attention tensors are always (B, H, T, E).
-# Masks are named `keep`: True = may attend. Losses are (sum, count): whoever divides, divides once, at the end.
+# Shapes: B rows, T queries, S keys, D model width, H query heads, G key/value heads, E head width, L document
+# length, N documents or blocks, K chosen, V vocabulary, X experts. Attention tensors are always (B, H, T, E).
+# Masks are named `keep`: True = may attend. Losses are (sum, count): who divides, divides once, at the end.
 # A target of IGNORE is not predicted; a document id of -1 is padding.
 
 import ast
@@ -22,7 +22,6 @@ import fcntl
 import json
 import math
 import os
-import random
 import re
 import signal
 import sys
@@ -41,10 +40,11 @@ IGNORE = -100
 
 
 class BadInput(ValueError):
-    """The user's constant, file or machine is at fault: one sentence that names it, its value and the way out."""
+    """The user's constant, file or machine is at fault: one sentence that names it, its value and the way
+    out."""
 
 
-# 1. Constants: upper-case literals at the top of a script, overridden by NAME=value words on the command line.
+# 1. Constants: upper-case literals at the top of a script, overridden by NAME=value words.
 
 def literals(names: dict) -> dict:
     """The constants of a script: its upper-case globals that are bool, int, float, str or tuple."""
@@ -67,8 +67,8 @@ def describe(names: dict) -> str:
 def override(names: dict, words: Sequence[str]) -> dict:
     """Set the constants in `names` from NAME=value words and return those that were set.
 
-    Values are Python literals, strings may go unquoted; an int is accepted for a float, nothing else converts.
-    Raises BadInput on an unknown name, a wrong type or a missing `=`; `--help` prints and exits.
+    Values are Python literals, strings may go unquoted; an int is accepted for a float, nothing else
+    converts. Raises BadInput on an unknown name, a wrong type or a missing `=`; `--help` prints and exits.
     """
     known, changed = literals(names), {}
     for word in words:
@@ -80,7 +80,8 @@ def override(names: dict, words: Sequence[str]) -> dict:
             raise BadInput(f"expected NAME=value, got {word!r}")
         if name not in known:
             near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.4)
-            raise BadInput(f"no constant {name!r}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+            hint = f"did you mean {near[0]}?" if near else "see --help"
+            raise BadInput(f"no constant {name!r}; {hint}")
         old = known[name]
         if isinstance(old, str):
             value = text
@@ -103,17 +104,20 @@ def override(names: dict, words: Sequence[str]) -> dict:
 
 def cli(names: dict, main: Callable) -> None:
     """Run a script: overrides, then `main`; BadInput becomes one line on stderr and exit status 1."""
+    script = Path(names["__file__"]).name
     try:
         override(names, sys.argv[1:])
         main()
     except BadInput as error:
-        code = f"{Path(names['__file__']).name}: {error}"
+        code = f"{script}: {error}"
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
         first = _first_line(error)
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory|bad_alloc", first, re.I):
+        if isinstance(error, RuntimeError) and not re.search(
+            "(out of|allocate) memory|bad_alloc", first, re.I
+        ):
             raise
         traceback.print_exc()
-        code = f"{Path(names['__file__']).name}: out of memory ({first}); lower MICRO_BATCH, then SEQ_LEN or DIM"
+        code = f"{script}: out of memory ({first}); lower MICRO_BATCH, then SEQ_LEN or DIM"
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # the reader of our output (head, less) has left: not our failure
@@ -207,11 +211,10 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
     On a CPU with AVX512-BF16 or AMX "faster" is measured, on a 512-wide matmul of a few milliseconds.
     """
-    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-    if name in named:
-        return named[name]
+    if name in ("float32", "bfloat16", "float16", "float64"):
+        return getattr(torch, name)
     if name != "auto":
-        raise BadInput(f"DTYPE {name!r} is not one of auto, {', '.join(named)}")
+        raise BadInput(f"DTYPE {name!r} is not one of auto, float32, bfloat16, float16, float64")
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     flags = Path("/proc/cpuinfo")
@@ -230,13 +233,14 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def start(seed: int, dtype: str = "auto") -> Run:
-    """Join the other processes (as torchrun's environment says), choose device and precision, catch stop signals."""
+    """Join the other processes (as torchrun's environment says), choose device and precision, catch stop
+    signals."""
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     local, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
-            raise BadInput(f"process {local} on this machine has no GPU of its own: {torch.cuda.device_count()} found; "
-                           "lower --nproc_per_node")
+            raise BadInput(f"process {local} on this machine has no GPU of its own: "
+                           f"{torch.cuda.device_count()} found; lower --nproc_per_node")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -245,10 +249,11 @@ def start(seed: int, dtype: str = "auto") -> Run:
     else:
         device = torch.device("cpu")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        if local_world > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's own cautious default
+        if local_world > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's cautious default
             torch.set_num_threads(max(1, cores // local_world))
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
     run = Run(rank, local, world, device, torch.float32, seed, threads=torch.get_num_threads())
     set_dtype(run, run.share(pick_dtype(dtype, device)))
     torch.manual_seed(seed)
@@ -261,7 +266,8 @@ def start(seed: int, dtype: str = "auto") -> Run:
 
 
 def set_dtype(run: Run, dtype: torch.dtype) -> None:
-    """Compute in `dtype` from now on; float16 comes with a gradient scaler (started low: sums exceed means)."""
+    """Compute in `dtype` from now on; float16 comes with a gradient scaler (started low: sums exceed
+    means)."""
     run.dtype = dtype
     run.scaler = torch.amp.GradScaler(run.device.type, init_scale=2.0**8) if dtype == torch.float16 else None
 
@@ -271,7 +277,9 @@ def _on_signal(run: Run, number: int) -> None:
         raise KeyboardInterrupt
     run.signal = number
     if run.first:
-        print(f"\n{signal.Signals(number).name}: finishing this step, then saving (again: stop at once)", flush=True)
+        print(
+            f"\n{signal.Signals(number).name}: finishing this step, then saving (again: stop now)", flush=True
+        )
 
 
 def stop(run: Run) -> None:
@@ -315,8 +323,8 @@ def lr_scale(step: int, steps: int, warmup: int, floor: float = 0.0, schedule: s
              decay: float = 0.3) -> float:
     """Learning rate of update `step` (from 0) as a fraction of its peak.
 
-    Linear warm-up over `warmup` updates, then "cosine" down to `floor`, or "wsd": stable, then linear to `floor`
-    over the last `decay` share of `steps` (arXiv 2404.06395).
+    Linear warm-up over `warmup` updates, then "cosine" down to `floor`, or "wsd": stable, then linear to
+    `floor` over the last `decay` share of `steps` (arXiv 2404.06395).
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -339,7 +347,8 @@ def owned_once(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) ->
 
 @dataclasses.dataclass
 class Updated:
-    """What one update did: mean loss over all processes, gradient norm before clipping, whether it was applied."""
+    """What one update did: mean loss over all processes, gradient norm before clipping, whether it was
+    applied."""
     loss: float
     grad_norm: float
     count: float
@@ -351,10 +360,10 @@ def update(run: Run, net: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
            loss_of: Callable, clip: float, step: int) -> Updated:
     """Do one optimizer step on this process's micro-batches.
 
-    `loss_of(batch)` returns (sum, count). Sums and counts are added over micro-batches and processes and divided
-    once, so one process with one batch and many with several give the same step. Gradients are synchronised on
-    the last micro-batch only. A non-finite loss or gradient leaves the weights as they were. Randomness (dropout)
-    depends on (seed, step, rank) alone. `clip` 0 = never.
+    `loss_of(batch)` returns (sum, count). Sums and counts are added over micro-batches and processes and
+    divided once, so one process with one batch and many with several give the same step. Gradients are
+    synchronised on the last micro-batch only. A non-finite loss or gradient leaves the weights as they were.
+    Randomness (dropout) depends on (seed, step, rank) alone. `clip` 0 = never.
     """
     random_state(run, step)
     wide = torch.float32 if run.device.type == "mps" else torch.float64
@@ -373,7 +382,8 @@ def update(run: Run, net: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
     for optimizer in optimizers if run.scaler else ():
         run.scaler.unscale_(optimizer)
     grads = [p.grad for p in net.parameters() if p.grad is not None]
-    torch._foreach_mul_(grads, float(run.world / totals[1].clamp(min=1)))  # DDP averaged over ranks; we want the sum
+    scale = run.world / totals[1].clamp(min=1)  # DDP averaged over ranks; we want the sum
+    torch._foreach_mul_(grads, float(scale))
     norm = torch.nn.utils.get_total_norm(grads)
     loss, count, sign = totals.tolist()  # the one wait for the device
     norm = float(norm)
@@ -403,7 +413,8 @@ FREE = frozenset("OUT RESUME LOG_EVERY SAVE_EVERY SAMPLE_EVERY WANDB MICRO_BATCH
 
 
 def write_whole(path: Path, write: Callable) -> None:
-    """Call `write(file)` so that `path` holds either all of it or what it held before; raises BadInput on OSError."""
+    """Call `write(file)` so that `path` holds either all of it or what it held before; raises BadInput on
+    OSError."""
     tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(tmp, "wb") as file:
@@ -418,8 +429,8 @@ def write_whole(path: Path, write: Callable) -> None:
         with contextlib.suppress(OSError):
             tmp.unlink()
         reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
-        raise BadInput(f"could not write {path} ({reason}); what was there before is whole; make room or choose "
-                       "another OUT, then rerun the same command") from error
+        raise BadInput(f"could not write {path} ({reason}); what was there before is whole; make room or "
+                       "choose another OUT, then rerun the same command") from error
 
 
 def save(run: Run, out: str | Path, step: int, model: nn.Module, optimizers: Sequence, state: dict,
@@ -427,10 +438,16 @@ def save(run: Run, out: str | Path, step: int, model: nn.Module, optimizers: Seq
     """Write OUT/checkpoint.pt (process 0), keeping the one before as checkpoint.prev.pt."""
     if run.first:
         path = Path(out) / "checkpoint.pt"
-        whole = {**weights_of(model), "step": step, "optimizers": [o.state_dict() for o in optimizers],
-                 "scaler": run.scaler.state_dict() if run.scaler else None, "dtype": str(run.dtype)[6:],
-                 "state": state, "constants": constants,
-                 "versions": {"torch": str(torch.__version__), "numpy": np.__version__, "python": sys.version.split()[0]}}
+        whole = {
+            **weights_of(model),
+            "step": step,
+            "optimizers": [o.state_dict() for o in optimizers],
+            "scaler": run.scaler.state_dict() if run.scaler else None,
+            "dtype": str(run.dtype)[6:],
+            "state": state,
+            "constants": constants,
+            "versions": {"torch": str(torch.__version__), "numpy": np.__version__, "python": sys.version},
+        }
         if path.exists():  # a second name for the old file first: there is a whole checkpoint at every moment
             spare = path.with_name("checkpoint.prev.tmp")
             spare.unlink(missing_ok=True)
@@ -469,7 +486,8 @@ def load(path: str | Path) -> dict:
 
 
 def load_newest(out: str | Path) -> dict | None:
-    """OUT/checkpoint.pt, or with a warning the one before it if that cannot be read; None when there is neither."""
+    """OUT/checkpoint.pt, or with a warning the one before it if that cannot be read; None when there is
+    neither."""
     paths = [p for p in (Path(out) / "checkpoint.pt", Path(out) / "checkpoint.prev.pt") if p.exists()]
     problems = []
     for path in paths:
@@ -486,7 +504,8 @@ def load_newest(out: str | Path) -> dict | None:
 
 
 def newest_checkpoint(place: str | Path = "") -> Path:
-    """The checkpoint that `place` means: a file itself, a folder's best.pt (else checkpoint.pt), "" the newest in out/."""
+    """The checkpoint that `place` means: a file itself, a folder's best.pt (else checkpoint.pt), "" the
+    newest in out/."""
     place = Path(place) if place else None
     if place is None:
         found = [p for name in ("best.pt", "checkpoint.pt") for p in Path("out").glob(f"*/{name}")]
@@ -511,12 +530,13 @@ def export_weights(run: Run, out: str | Path, checkpoint: dict) -> None:
 
 def leave(run: Run, out: str | Path, step: int, number: int) -> None:
     """Exit after a stop signal and a save, saying how to come back."""
-    run.say(f"{signal.Signals(number).name}: stopped after step {step}, saved in {out}; rerun the same command to go on")
+    name = signal.Signals(number).name
+    run.say(f"{name}: stopped after step {step}, saved in {out}; rerun the same command to go on")
     stop(run)
     raise SystemExit(128 + number)
 
 
-def append_line(path: Path, row: dict) -> None:
+def appendline_of(path: Path, row: dict) -> None:
     """Add a row to a JSON-lines file."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -537,8 +557,9 @@ def set_aside(out: str | Path, reason: str) -> None:
 def resume(run: Run, out: str | Path, constants: dict, again: bool, fingerprint: str = "") -> dict | None:
     """The checkpoint from which this command goes on, the same on every process, or None for a fresh start.
 
-    A finished run, or one shaped by other constants, is renamed aside, never overwritten (`again` False: always).
-    Data that changed under an unfinished run are refused. Metrics later than the checkpoint are taken back.
+    A finished run, or one shaped by other constants, is renamed aside, never overwritten (`again` False:
+    always). Data that changed under an unfinished run are refused. Metrics later than the checkpoint are
+    taken back.
     """
     found = None
     if run.first:
@@ -552,20 +573,20 @@ def resume(run: Run, out: str | Path, constants: dict, again: bool, fingerprint:
                 raise BadInput(f"{out}/checkpoint.pt holds no training state; choose another OUT")
             changed = [k for k in shape if found and found["constants"].get(k, shape[k]) != shape[k]]
             if found is None:
-                reason = "starting over (RESUME=False)" if not again else "no checkpoint in it yet, starting over"
+                reason = "" if again else "starting over (RESUME=False)"
             elif changed:
                 reason = "was run with " + ", ".join(f"{k}={found['constants'][k]!r}" for k in changed)
             else:
                 reason = "is finished" if found["state"].get("finished") else ""
-            if reason and not (found is None and again):
+            if reason:
                 set_aside(out, reason)
                 found = None
                 out.mkdir(parents=True, exist_ok=True)
                 lock(run, out)
             if found and found["state"].get("fingerprint", "") != fingerprint:
                 raise BadInput(f"the data {constants.get('DATA')} changed since this run began (fingerprint "
-                               f"{found['state'].get('fingerprint')}, now {fingerprint}); restore them, or start over "
-                               "with RESUME=False")
+                               f"{found['state'].get('fingerprint')}, now {fingerprint}); restore them, or "
+                               "start over with RESUME=False")
             kept = []
             for name in ("metrics.jsonl", "samples.jsonl"):
                 if (out / name).exists():
@@ -621,10 +642,12 @@ def restore(run: Run, found: dict, model: nn.Module, optimizers: Sequence) -> in
 class Record:
     """A run's record on process 0: bar or plain lines, OUT/metrics.jsonl, OUT/speed.jsonl, the wandb mirror.
 
-    metrics.jsonl holds nothing that a clock decides: a resumed run repeats it to the byte. Clocks go to speed.jsonl.
+    metrics.jsonl holds nothing that a clock decides: a resumed run repeats it to the byte. Clocks go to
+    speed.jsonl.
     """
 
-    def __init__(self, run: Run, out: str | Path, steps: int, first: int, wandb: str, constants: dict, state: dict):
+    def __init__(self, run: Run, out: str | Path, steps: int, first: int, wandb: str, constants: dict,
+                 state: dict):
         self.run, self.out, self.steps, self.bar, self.mirror = run, Path(out), steps, None, None
         self.begin = self.then = time.monotonic()
         self.first_step = first
@@ -640,17 +663,19 @@ class Record:
                 import wandb as client
             except ImportError:
                 raise BadInput(f"WANDB={wandb} needs: pip install wandb") from None
-            state.setdefault("wandb", "".join(random.SystemRandom().choices("abcdefghijklmnopqrstuvwxyz0123456789", k=8)))
+            state.setdefault("wandb", os.urandom(4).hex())
             self.mirror = client.init(mode=wandb, project="nanosparse", dir=str(out), id=state["wandb"],
                                       name=Path(out).name, resume="allow", config=constants)
 
     def log(self, step: int, **values: float) -> None:
-        """Write a line of metrics and show it: `step` counts finished updates; what is not finite becomes null."""
+        """Write a line of metrics and show it: `step` counts finished updates; what is not finite becomes
+        null."""
         self._write(step, values)
-        self.show(_line(step, values))
+        self.show(line_of(step, values))
 
     def progress(self, step: int, work: float, unit: str, **values: float) -> None:
-        """The same for training: `work` units were done since the last call; shows throughput and time left."""
+        """The same for training: `work` units were done since the last call; shows throughput and time
+        left."""
         if not self.run.first:
             return
         now = time.monotonic()
@@ -658,18 +683,20 @@ class Record:
         self.then = now
         self._write(step, values)
         clock = {"step": step, f"{unit}_per_s": round(rate, 1), "seconds": round(now - self.begin, 1)}
-        append_line(self.out / "speed.jsonl", clock)
+        appendline_of(self.out / "speed.jsonl", clock)
         if self.bar:
-            self.bar.set_postfix_str(_line(None, values) + f"  {unit}/s {rate:,.0f}")
+            self.bar.set_postfix_str(line_of(None, values) + f"  {unit}/s {rate:,.0f}")
         else:
-            left = (now - self.begin) / max(1, step - self.first_step) * (self.steps - step)
-            self.show(f"{_line(step, values)}  {unit}/s {rate:,.0f}  left {datetime.timedelta(seconds=int(left))}")
+            left = int((now - self.begin) / max(1, step - self.first_step) * (self.steps - step))
+            self.show(
+                f"{line_of(step, values)}  {unit}/s {rate:,.0f}  left {datetime.timedelta(seconds=left)}"
+            )
 
     def _write(self, step: int, values: dict) -> None:
         if not self.run.first:
             return
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        append_line(self.out / "metrics.jsonl", {"step": step, **clean})
+        appendline_of(self.out / "metrics.jsonl", {"step": step, **clean})
         if self.mirror:
             self.mirror.log(clean, step=step)
 
@@ -693,18 +720,21 @@ class Record:
             self.mirror.finish()
 
 
-def _line(step: int | None, values: dict) -> str:
+def line_of(step: int | None, values: dict) -> str:
+    """Metrics as the words of one line."""
     words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()]
     return "  ".join(([] if step is None else [f"step {step:>6}"]) + words)
 
 
 def read_metrics(out: str | Path) -> list[dict]:
     """The lines of OUT/metrics.jsonl."""
-    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    text = (Path(out) / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def plot_curves(out: str | Path, *panels: Sequence[str]) -> None:
-    """Draw OUT/curves.png from metrics.jsonl, a panel for each list of metric names; needs matplotlib, else a line."""
+    """Draw OUT/curves.png from metrics.jsonl, a panel for each list of metric names; needs matplotlib, else a
+    line."""
     try:
         import matplotlib
     except ImportError:
@@ -718,7 +748,9 @@ def plot_curves(out: str | Path, *panels: Sequence[str]) -> None:
         for name in names:
             points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
             if points:
-                axis.plot(*zip(*points, strict=True), label=name, marker="o" if len(points) < 40 else None, markersize=3)
+                axis.plot(
+                    *zip(*points, strict=True), "o-" if len(points) < 40 else "-", label=name, markersize=3
+                )
         axis.set_xlabel("updates")
         axis.grid(alpha=0.3)
         if axis.lines:
@@ -731,7 +763,8 @@ def plot_curves(out: str | Path, *panels: Sequence[str]) -> None:
 # 5. Small layers.
 
 class RMSNorm(nn.Module):
-    """x / rms(x) × weight over the last dimension, computed in float32, returned in x's dtype (arXiv 1910.07467)."""
+    """x / rms(x) × weight over the last dimension, computed in float32, returned in x's dtype (arXiv
+    1910.07467)."""
 
     def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__()
@@ -747,14 +780,15 @@ class RMSNorm(nn.Module):
 def rope_table(head_dim: int, length: int, theta: float = 1e6, yarn: float = 1.0, trained: int = 0) -> Tensor:
     """cos and sin of the rotary angles, (2, length, head_dim / 2) float32 (arXiv 2104.09864).
 
-    `yarn` > 1 stretches a context of `trained` positions by that factor: fast dimensions keep their angle, slow
-    ones are interpolated, and the temperature 0.1 ln(yarn) + 1 multiplies both (YaRN, arXiv 2309.00071, section 3).
+    `yarn` > 1 stretches a context of `trained` positions by that factor: fast dimensions keep their angle,
+    slow ones are interpolated, and the temperature 0.1 ln(yarn) + 1 multiplies both (YaRN, arXiv 2309.00071,
+    section 3).
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     speed = theta ** -exponent                               # radians per position
     scale = 1.0
     if yarn > 1:
-        def dimension_of(turns):                             # the dimension that makes so many turns in `trained`
+        def dimension_of(turns):  # the dimension that makes so many turns in `trained`
             return head_dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta))
         low, high = max(0, math.floor(dimension_of(32))), min(head_dim - 1, math.ceil(dimension_of(1)))
         ramp = ((torch.arange(head_dim // 2) - low) / max(high - low, 1e-3)).clamp(0, 1)
@@ -796,19 +830,30 @@ class SwiGLU(nn.Module):
 # 6. Attention and its cache. Query head h reads key/value head h // (H / G) throughout.
 
 def attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
-    """The slow twin: softmax(q kᵀ / √E) v. q (B, H, T, E), k and v (B, G, S, E), keep broadcastable to (B, H, T, S)."""
+    """The slow twin: softmax(q kᵀ / √E) v. q (B, H, T, E), k and v (B, G, S, E), keep broadcastable to (B, H,
+    T, S)."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     scores = (q @ k.transpose(-1, -2)) / math.sqrt(q.shape[-1])
     return scores.masked_fill(~keep, -math.inf).softmax(-1) @ v
 
 
 def causal_keep(docs: Tensor) -> Tensor:
-    """keep (B, 1, T, T) for documents ids (B, T): a token sees itself and what came before it in its own document."""
+    """keep (B, 1, T, T) for documents ids (B, T): a token sees itself and what came before it in its own
+    document."""
     same = docs[:, :, None] == docs[:, None, :]
     return same.tril()[:, None]
 
 
-LENGTHS = [32, 64, 96, 128, 192, 256, 384, 512]   # documents are attended in groups padded to one of these ...
+LENGTHS = [
+    32,
+    64,
+    96,
+    128,
+    192,
+    256,
+    384,
+    512,
+]  # documents are attended in groups, padded to one of these ...
 
 
 def _padded(length: int) -> int:                    # ... or above them to a multiple of 256
@@ -818,9 +863,9 @@ def _padded(length: int) -> int:                    # ... or above them to a mul
 class Documents:
     """Which token may see which, built once a batch and shared by all layers: causal, within one document.
 
-    docs (B, T): equal neighbours are one document, -1 is padding (sees nothing, gets zeros). `positions` (B, T)
-    count from each document's start. On a CPU documents of like length are attended together (`groups`), so that
-    cost and memory follow the documents' lengths, not T²; on CUDA `block_mask` is flex_attention's.
+    docs (B, T): equal neighbours are one document, -1 is padding (sees nothing, gets zeros). `positions` (B,
+    T) count from each document's start. On a CPU documents of like length are attended together (`groups`),
+    so that cost and memory follow the documents' lengths, not T²; on CUDA `block_mask` is flex_attention's.
     """
 
     def __init__(self, docs: Tensor):
@@ -834,8 +879,9 @@ class Documents:
         if docs.device.type == "cpu":
             self._group(docs.numpy().ravel(), change.numpy().ravel())
         elif docs.device.type == "cuda":
-            self.block_mask = _flex()[1](lambda b, h, t, s: (docs[b, t] == docs[b, s]) & (t >= s), B, None, T, T,
-                                         device=docs.device)
+            def keep(b, h, t, s):
+                return (docs[b, t] == docs[b, s]) & (t >= s)
+            self.block_mask = _flex()[1](keep, B, None, T, T, device=docs.device)
 
     def _group(self, docs: np.ndarray, change: np.ndarray) -> None:
         starts = np.flatnonzero(change)
@@ -851,7 +897,7 @@ class Documents:
             gaps = None if inside.all() else torch.from_numpy(inside[:, None, None, :, None])
             self.groups.append((int(L), torch.from_numpy(index.ravel()), gaps))
             slots += inside.size
-        back[back < 0] = slots                                                  # padding reads the zero row at the end
+        back[back < 0] = slots  # padding reads the zero row at the end
         self.back, self.slots = torch.from_numpy(back), slots
 
 
@@ -859,8 +905,8 @@ class Documents:
 def attend_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     """Causal attention within documents. q (B, H, T, E), k and v (B, G, T, E) → (B, H, T, E). Twin: `attend`.
 
-    CPU: grouped documents, query blocks of 128 against the keys before them, recomputed in backward (memory O(T)).
-    CUDA: flex_attention (arXiv 2412.05496). Elsewhere: scaled_dot_product_attention with a mask.
+    CPU: grouped documents, query blocks of 128 against the keys before them, recomputed in backward (memory
+    O(T)). CUDA: flex_attention (arXiv 2412.05496). Elsewhere: scaled_dot_product_attention with a mask.
     """
     if q.device.type == "cpu":
         return _GroupedAttention.apply(q, k, v, documents)
@@ -876,11 +922,12 @@ def _flex() -> tuple[Callable, Callable]:
     return _flex.made
 
 
-CHUNK = 128  # queries per block; 64 was no faster, 256 slower on two AVX512 cores; nor was keeping the weights
+CHUNK = 128  # queries per block; 64 and keeping the weights were no faster, 256 slower (two AVX512 cores)
 
 
 class _GroupedAttention(torch.autograd.Function):
-    """attend_documents on a CPU. Scores stay in q's dtype (bfloat16: 8 bits); softmax itself sums in float32."""
+    """attend_documents on a CPU. Scores stay in q's dtype (bfloat16: 8 bits); softmax itself sums in
+    float32."""
 
     @staticmethod
     def forward(ctx, q, k, v, documents):
@@ -944,7 +991,8 @@ def _attend_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     for begin in range(0, L, CHUNK):
         end = min(begin + CHUNK, L)
         weights = _block_weights(q[:, :, :, begin:end].reshape(N * G, -1, E), k, begin, end, q.shape)
-        out[:, :, :, begin:end] = torch.bmm(weights, v.view(N * G, L, E)[:, :end]).view(N, G, R, end - begin, E)
+        part = torch.bmm(weights, v.view(N * G, L, E)[:, :end])
+        out[:, :, :, begin:end] = part.view(N, G, R, end - begin, E)
     return out
 
 
@@ -953,16 +1001,17 @@ def _attend_blocks_backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tu
     N, G, R, L, E = q.shape
     flat_k, flat_v = k.view(N * G, L, E), v.view(N * G, L, E)
     dq, dk, dv = torch.empty_like(q), None, None
-    for begin in reversed(range(0, L, CHUNK)):              # the last block sees all keys: its dk, dv begin the sums
+    for begin in reversed(range(0, L, CHUNK)):  # the last block sees all keys: its dk, dv begin the sums
         end = min(begin + CHUNK, L)
         queries, g = (x[:, :, :, begin:end].reshape(N * G, -1, E) for x in (q, grad))
         weights = _block_weights(queries, k, begin, end, q.shape)
         dweights = torch.bmm(g, flat_v[:, :end].transpose(1, 2))
         dscores = torch._softmax_backward_data(dweights, weights, -1, q.dtype)
-        dq[:, :, :, begin:end] = _scaled_bmm(dscores, flat_k[:, :end], E ** -0.5).view(N, G, R, end - begin, E)
+        dq_part = _scaled_bmm(dscores, flat_k[:, :end], E ** -0.5)
+        dq[:, :, :, begin:end] = dq_part.view(N, G, R, end - begin, E)
         dk_part = _scaled_bmm(dscores.transpose(1, 2), queries, E ** -0.5)
         dv_part = torch.bmm(weights.transpose(1, 2), g)
-        if dk is None:                                      # several blocks add up in float32
+        if dk is None:  # several blocks add up in float32
             wide = torch.promote_types(q.dtype, torch.float32) if begin else q.dtype
             dk, dv = dk_part.to(wide), dv_part.to(wide)
         else:
@@ -972,7 +1021,8 @@ def _attend_blocks_backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tu
 
 
 class Cache:
-    """Keys and values of what each row has read, in tensors of fixed size: per layer (B, G, S, E); lengths on the host."""
+    """Keys and values of what each row has read, in tensors of fixed size: per layer (B, G, S, E); lengths on
+    the host."""
 
     def __init__(self, model: nn.Module, rows: int, length: int):
         weight = model.head_weight
@@ -982,7 +1032,8 @@ class Cache:
         self.lengths = [0] * rows
 
     def write(self, layer: int, k: Tensor, v: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k, v (B, G, T, E) behind what each row holds, at `columns` (B, T); returns all up to the longest row."""
+        """Put k, v (B, G, T, E) behind what each row holds, at `columns` (B, T); returns all up to the
+        longest row."""
         T, longest = k.shape[2], max(self.lengths)
         keys, values = self.k[layer], self.v[layer]
         if min(self.lengths) == longest:
@@ -994,9 +1045,11 @@ class Cache:
 
 
 def attend_cached(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """q (B, H, T, E) over cached k, v (B, G, S, E) with bias (B, T, S), 0 or -inf, None = all; softmax in float32.
+    """q (B, H, T, E) over cached k, v (B, G, S, E) with bias (B, T, S), 0 or -inf, None = all; softmax in
+    float32.
 
-    Two batched products: for one query, 3.5 times faster here than scaled_dot_product_attention. Twin: `attend`.
+    Two batched products: for one query, 3.5 times faster here than scaled_dot_product_attention. Twin:
+    `attend`.
     """
     B, H, T, E = q.shape
     G, S = k.shape[1:3]
@@ -1051,24 +1104,29 @@ class Attention(nn.Module):
             v = self.v(x).unflatten(-1, (-1, self.head_dim))
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def cached(self, x: Tensor, cos: Tensor, sin: Tensor, write: Callable, sees: "Documents | Tensor | None") -> Tensor:
+    def cached(self, x: Tensor, cos: Tensor, sin: Tensor, write: Callable,
+               sees: Documents | Tensor | None) -> Tensor:
         """The same for T more tokens of each row; `write(k, v)` adds theirs to the cache and returns all.
 
-        `sees` says what they see: Documents when the cache was empty (as in training), else the bias of attend_cached.
+        `sees` says what they see: Documents when the cache was empty (as in training), else the bias of
+        attend_cached.
         """
         q, k, v = self.project(x, cos, sin)
         keys, values = write(k, v)
-        y = attend_documents(q, k, v, sees) if isinstance(sees, Documents) else attend_cached(q, keys, values, sees)
+        fresh = isinstance(sees, Documents)
+        y = attend_documents(q, k, v, sees) if fresh else attend_cached(q, keys, values, sees)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
 # 8. Mixture of experts.
 
 class MoE(nn.Module):
-    """top-k of n routed SwiGLU experts, renormalised, plus shared experts that every token visits (arXiv 2401.06066).
+    """top-k of n routed SwiGLU experts, renormalised, plus shared experts that every token visits (arXiv
+    2401.06066).
 
-    No token is dropped. Returns (y, balance): balance is the sequence-wise loss X Σ fᵢ Pᵢ (arXiv 2401.06066, eq. 12-14
-    at each row), 1 when even, summed over rows × their real tokens, so that it adds up over any micro-batches.
+    No token is dropped. Returns (y, balance): balance is the sequence-wise loss X Σ fᵢ Pᵢ (arXiv 2401.06066,
+    eq. 12-14 at each row), 1 when even, summed over rows × their real tokens, so that it adds up over any
+    micro-batches.
     """
 
     def __init__(self, dim: int, hidden_dim: int, n_experts: int = 4, n_active: int = 2, n_shared: int = 1):
@@ -1085,7 +1143,7 @@ class MoE(nn.Module):
         B, T, D = x.shape
         flat, X, K = x.reshape(-1, D), len(self.experts), self.n_active
         scores = self.router(flat)
-        weights = torch.softmax(scores, -1, dtype=scores.dtype if scores.dtype == torch.float64 else torch.float32)
+        weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
         top, chosen = weights.topk(K, -1)                                     # (B T, K)
         top = (top / top.sum(-1, keepdim=True)).to(x.dtype)
 
@@ -1119,7 +1177,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         step = -(-len(hidden) // -(-len(hidden) // step)) or 1                # even chunks
         cast = weight.to(hidden.dtype)
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide if hidden.device.type == "mps" else torch.float64, device=hidden.device)
+        sums = wide if hidden.device.type == "mps" else torch.float64
+        total = torch.zeros((), dtype=sums, device=hidden.device)
         need = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         dhidden = torch.empty_like(hidden) if need else None
         dweight = torch.zeros_like(weight) if need else None
@@ -1143,12 +1202,15 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum, count) of the cross-entropy in nats of hidden (B, T, D) against targets (B, T); IGNORE is left out."""
-    return LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten()), (targets != IGNORE).sum()
+    """(sum, count) of the cross-entropy in nats of hidden (B, T, D) against targets (B, T); IGNORE is left
+    out."""
+    total = LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten())
+    return total, (targets != IGNORE).sum()
 
 
 class Block(nn.Module):
-    """Pre-norm: x + attention(norm x), then x + mlp(norm x). Output projections start at zero: an identity."""
+    """Pre-norm: x + attention(norm x), then x + mlp(norm x). Output projections start at zero: an
+    identity."""
 
     def __init__(self, attention: nn.Module, mlp: nn.Module, dim: int, eps: float, dropout: float):
         super().__init__()
@@ -1168,21 +1230,22 @@ class Block(nn.Module):
 
 
 class LM(nn.Module):
-    """Decoder-only language model: embedding → blocks → RMSNorm → head (shared with the embedding when `tied`).
+    """Decoder-only language model: embedding → blocks → RMSNorm → head (shared with the embedding when
+    `tied`).
 
-    Weights map one to one onto Hugging Face's Qwen3 (with `qk_norm`, no experts). `seq_len` is the longest context
-    it was trained for; `yarn` multiplies it at inference. `sizes` rebuilds it: LM(**sizes). Raises BadInput on
-    sizes that do not fit each other.
+    Weights map one to one onto Hugging Face's Qwen3 (with `qk_norm`, no experts). `seq_len` is the longest
+    context it was trained for; `yarn` multiplies it at inference. `sizes` rebuilds it: LM(**sizes). Raises
+    BadInput on sizes that do not fit each other.
     """
 
-    def __init__(self, vocab_size: int, dim: int, n_layers: int, n_heads: int, n_kv_heads: int, head_dim: int = 0,
-                 hidden_dim: int = 0, seq_len: int = 32_768, theta: float = 1e6, yarn: float = 1.0, tied: bool = True,
-                 qk_norm: bool = True, dropout: float = 0.0, eps: float = 1e-6, n_experts: int = 0,
-                 n_active: int = 2, n_shared: int = 1):
+    def __init__(self, vocab_size: int, dim: int, n_layers: int, n_heads: int, n_kv_heads: int,
+                 head_dim: int = 0, hidden_dim: int = 0, seq_len: int = 32_768, theta: float = 1e6,
+                 yarn: float = 1.0, tied: bool = True, qk_norm: bool = True, dropout: float = 0.0,
+                 eps: float = 1e-6, n_experts: int = 0, n_active: int = 2, n_shared: int = 1):
         super().__init__()
         hidden_dim = hidden_dim or -(-dim * 8 // 3 // 64) * 64               # 8/3 dim, up to a multiple of 64
         self.sizes = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        divisible(N_HEADS=(n_heads, n_kv_heads), N_LAYERS=(n_layers, 1), VOCAB_SIZE=(vocab_size, 1), SEQ_LEN=(seq_len, 1))
+        divisible(N_HEADS=(n_heads, n_kv_heads), N_LAYERS=(n_layers, 1), SEQ_LEN=(seq_len, 1))
         if dim % n_heads and not self.sizes["head_dim"]:
             raise BadInput(f"DIM {dim} is not a multiple of N_HEADS {n_heads}; set HEAD_DIM")
         head_dim = head_dim or dim // n_heads
@@ -1191,21 +1254,23 @@ class LM(nn.Module):
         if yarn < 1:
             raise BadInput(f"YARN {yarn} must be at least 1")
         self.context = int(seq_len * yarn)
-        self.rope = rope_table(head_dim, self.context, theta, yarn, seq_len)  # not a buffer: stays float32 in any dtype
+        self.rope = rope_table(head_dim, self.context, theta, yarn, seq_len)  # no buffer: stays float32
         self.embedding = nn.Embedding(vocab_size, dim)
         self.dropout = nn.Dropout(dropout)
 
-        def mlp():
-            return MoE(dim, hidden_dim, n_experts, n_active, n_shared) if n_experts else SwiGLU(dim, hidden_dim)
-        self.layers = nn.ModuleList(Block(Attention(dim, n_heads, n_kv_heads, head_dim, qk_norm), mlp(), dim, eps, dropout)
-                                    for _ in range(n_layers))
+        def block():
+            attention = Attention(dim, n_heads, n_kv_heads, head_dim, qk_norm)
+            experts = n_experts and MoE(dim, hidden_dim, n_experts, n_active, n_shared)
+            return Block(attention, experts or SwiGLU(dim, hidden_dim), dim, eps, dropout)
+        self.layers = nn.ModuleList(block() for _ in range(n_layers))
         self.norm = RMSNorm(dim, eps)
         self.head = None if tied else nn.Linear(dim, vocab_size, bias=False)
         self.apply(self._init)
 
     @staticmethod
     def _init(module: nn.Module) -> None:
-        """Matrices are normal with standard deviation 1/√fan-in, embeddings 0.02; output projections and head zero."""
+        """Matrices are normal with standard deviation 1/√fan-in, embeddings 0.02; output projections and head
+        zero."""
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         elif isinstance(module, nn.Linear):
@@ -1238,7 +1303,8 @@ class LM(nn.Module):
         return self.dropout(x), *self.rope[:, positions].to(torch.promote_types(x.dtype, torch.float32))
 
     def hidden(self, ids: Tensor, docs: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """ids (B, T), docs (B, T) or None for one document a row → normalised hidden states (B, T, D), balance."""
+        """ids (B, T), docs (B, T) or None for one document a row → normalised hidden states (B, T, D),
+        balance."""
         documents = Documents(torch.zeros_like(ids) if docs is None else docs)
         x, cos, sin = self._start(ids, documents.positions)
         balances = []
@@ -1248,7 +1314,8 @@ class LM(nn.Module):
         return self.norm(x), torch.stack(balances).sum()
 
     def read(self, ids: Tensor, lengths: Sequence[int], cache: Cache) -> Tensor:
-        """Read `lengths[b]` more tokens of each row from ids (B, T), padded behind; hidden state of the last (B, D)."""
+        """Read `lengths[b]` more tokens of each row from ids (B, T), padded behind; hidden state of the last
+        (B, D)."""
         (B, T), device, before = ids.shape, ids.device, cache.lengths
         columns = torch.tensor(before, device=device)[:, None] + torch.arange(T, device=device)
         x, cos, sin = self._start(ids, columns.clamp(max=self.context - 1))
@@ -1261,32 +1328,35 @@ class LM(nn.Module):
             future = torch.arange(max(before) + T, device=device) > columns[:, :, None]
             sees = torch.zeros_like(future, dtype=x.dtype).masked_fill_(future, -math.inf)
         for i, layer in enumerate(self.layers):
-            x = x + layer.attention.cached(layer.norm_attn(x), cos, sin, lambda k, v, i=i: cache.write(i, k, v, columns), sees)
+            def write(k, v, i=i):
+                return cache.write(i, k, v, columns)
+            x = x + layer.attention.cached(layer.norm_attn(x), cos, sin, write, sees)
             x, _ = layer.add_mlp(x, real)
         cache.lengths = [a + b for a, b in zip(before, lengths, strict=True)]
-        last = x[:, -1] if T == 1 else x[torch.arange(B, device=device), torch.tensor(lengths, device=device) - 1]
-        return self.norm(last)
+        last = torch.tensor(lengths, device=device) - 1
+        return self.norm(x[:, -1] if T == 1 else x[torch.arange(B, device=device), last])
 
 
 class Classic(nn.Module):
-    """The transformer of 2017 as a causal language model (arXiv 1706.03762): embedding × √dim, sinusoidal positions,
-    post-norm nn.TransformerEncoder layers *with* a causal mask. Same interface as LM, no cache."""
+    """The transformer of 2017 as a causal language model (arXiv 1706.03762): embedding × √dim, sinusoidal
+    positions, post-norm nn.TransformerEncoder layers *with* a causal mask. Same interface as LM, no cache."""
 
-    def __init__(self, vocab_size: int, dim: int = 768, n_layers: int = 12, n_heads: int = 12, hidden_dim: int = 3072,
-                 seq_len: int = 512, dropout: float = 0.1):
+    def __init__(self, vocab_size: int, dim: int = 768, n_layers: int = 12, n_heads: int = 12,
+                 hidden_dim: int = 3072, seq_len: int = 512, dropout: float = 0.1):
         super().__init__()
         self.sizes = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        divisible(DIM=(dim, n_heads), N_LAYERS=(n_layers, 1), HIDDEN_DIM=(hidden_dim, 1), SEQ_LEN=(seq_len, 1))
+        divisible(DIM=(dim, n_heads), N_LAYERS=(n_layers, 1), SEQ_LEN=(seq_len, 1))
         self.context, self.n_heads = seq_len, n_heads
         self.embedding = nn.Embedding(vocab_size, dim)
         angle = torch.arange(seq_len)[:, None] * 10_000 ** (-torch.arange(0, dim, 2) / dim)
-        self.register_buffer("sinusoid", torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :dim], persistent=False)
+        sinusoid = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :dim]
+        self.register_buffer("sinusoid", sinusoid, persistent=False)
         layer = nn.TransformerEncoderLayer(dim, n_heads, hidden_dim, dropout, batch_first=True)
         self.layers = nn.TransformerEncoder(layer, n_layers, enable_nested_tensor=False)
         self.head = nn.Linear(dim, vocab_size, bias=False)
         self.dropout = nn.Dropout(dropout)
         nn.init.normal_(self.embedding.weight, std=dim ** -0.5)
-        for p in self.layers.parameters():                                    # the layers are copies of one: draw each
+        for p in self.layers.parameters():  # the layers are copies of one: draw each
             if p.ndim == 2:
                 nn.init.xavier_uniform_(p)
 
@@ -1315,7 +1385,8 @@ MODELS = {"LM": LM, "Classic": Classic}
 
 
 def build(checkpoint: dict, **changes) -> nn.Module:
-    """The model of a checkpoint, sizes and weights from the file; `changes` override sizes that hold no weights."""
+    """The model of a checkpoint, sizes and weights from the file; `changes` override sizes that hold no
+    weights."""
     if checkpoint["kind"] not in MODELS:
         raise BadInput(f"the checkpoint holds a {checkpoint['kind']}; this works on {' or '.join(MODELS)}")
     model = MODELS[checkpoint["kind"]](**{**checkpoint["sizes"], **changes})
@@ -1324,7 +1395,8 @@ def build(checkpoint: dict, **changes) -> nn.Module:
 
 
 def for_inference(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model itself, from now on only to be read: in `dtype`, without gradients, matrices of one input joined."""
+    """The model itself, from now on only to be read: in `dtype`, without gradients, matrices of one input
+    joined."""
     model.eval().requires_grad_(False).to(dtype)
     for module in model.modules():
         if isinstance(module, Attention | SwiGLU):
@@ -1333,7 +1405,8 @@ def for_inference(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generators: Sequence) -> Tensor:
-    """Next tokens (B) from float32 logits (B, V): the best at temperature 0, else a draw per row by its generator."""
+    """Next tokens (B) from float32 logits (B, V): the best at temperature 0, else a draw per row by its
+    generator."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
@@ -1342,33 +1415,34 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     if top_p < 1:
         ordered, index = logits.sort(-1, descending=True)
         p = ordered.softmax(-1)
-        drop = (p.cumsum(-1) - p >= top_p).scatter(-1, index, p.cumsum(-1) - p >= top_p)  # the best always stays
-        logits = logits.masked_fill(drop, -math.inf)
+        drop = p.cumsum(-1) - p >= top_p  # the best always stays
+        logits = logits.masked_fill(drop.scatter(-1, index, drop), -math.inf)
     p = logits.softmax(-1)
-    noise = torch.stack([torch.empty(p.shape[1], device=p.device).exponential_(generator=g) for g in generators])
-    return (p / noise).argmax(-1)                                             # an exact draw: exponential races
+    noise = torch.stack([torch.empty_like(row).exponential_(generator=g)
+                         for row, g in zip(p, generators, strict=True)])
+    return (p / noise).argmax(-1)  # an exact draw: exponential races
 
 
 @torch.inference_mode()
 def generate(model: nn.Module, prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float = 1.0,
-             top_k: int = 0, top_p: float = 1.0, repetition_penalty: float = 1.0, seeds: Sequence[int] | int = 0,
-             eos: int = 2, cached: bool = True) -> Iterator[list[int | None]]:
+             top_k: int = 0, top_p: float = 1.0, repetition_penalty: float = 1.0,
+             seeds: Sequence[int] | int = 0, eos: int = 2, cached: bool = True) -> Iterator[list[int | None]]:
     """Yield, for each step, every row's next token; None for a row that has ended (its `eos` is yielded).
 
     Prompts may differ in length; a row's tokens do not depend on its neighbours. `seeds`: one, or one a row.
-    `repetition_penalty` p divides positive and multiplies negative logits of tokens already seen (arXiv 1909.05858).
-    Raises BadInput when a prompt and `max_tokens` together pass the context.
+    `repetition_penalty` p divides positive and multiplies negative logits of tokens already seen (arXiv
+    1909.05858). Raises BadInput when a prompt and `max_tokens` together pass the context.
     """
     B, device = len(prompts), model.head_weight.device
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or repetition_penalty <= 0 or max_tokens < 1:
-        raise BadInput(f"out of range: TEMPERATURE {temperature} (≥ 0), TOP_P {top_p} (0-1], TOP_K {top_k} (≥ 0), "
-                       f"REPETITION_PENALTY {repetition_penalty} (> 0), MAX_TOKENS {max_tokens} (≥ 1)")
+        raise BadInput(f"out of range: TEMPERATURE {temperature} (≥ 0), TOP_P {top_p} (0-1], TOP_K {top_k} "
+                       f"(≥ 0), REPETITION_PENALTY {repetition_penalty} (> 0), MAX_TOKENS {max_tokens} (≥ 1)")
     longest = max(map(len, prompts))
     if min(map(len, prompts)) == 0:
         raise BadInput("a prompt has no tokens; begin with <s>")
     if longest + max_tokens > model.context:
-        raise BadInput(f"a prompt of {longest} tokens and MAX_TOKENS {max_tokens} pass the context of {model.context}; "
-                       "shorten them" + ("" if isinstance(model, Classic) else ", or stretch it with YARN"))
+        raise BadInput(f"a prompt of {longest} tokens and MAX_TOKENS {max_tokens} pass the context of "
+                       f"{model.context}; shorten them" + ", or stretch it with YARN" * isinstance(model, LM))
     seeds = [seeds] * B if isinstance(seeds, int) else seeds
     generators = [torch.Generator(device).manual_seed(s) for s in seeds]
     ids = torch.zeros(B, longest, dtype=torch.long)
@@ -1389,7 +1463,8 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], max_tokens: int
             last = model.hidden(ids, docs)[0][rows, lengths - 1]
         logits = F.linear(last, model.head_weight).float()
         if repetition_penalty != 1:
-            logits = torch.where(seen, torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
+            lower = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+            logits = torch.where(seen, lower, logits)
         token = choose(logits, temperature, top_k, top_p, generators)
         seen[rows, token] = True
         new = token[:, None]
@@ -1414,15 +1489,17 @@ def load_tokenizer(path: str | Path):
     """A `tokenizers.Tokenizer` whose ids 0, 1, 2 are <pad>, <s>, </s>; these strings in a text stay text."""
     from tokenizers import Tokenizer
     if not Path(path).is_file():
-        raise BadInput(f"there is no tokenizer {path}; make one: python data/prepare_tokenizer.py DATA=... OUT={path}")
+        raise BadInput(f"there is no tokenizer {path}; make one: "
+                       f"python data/prepare_tokenizer.py DATA=... OUT={path}")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise BadInput(f"{path} is not a tokenizer.json ({str(error)[:80]})") from None
     if [tokenizer.token_to_id(t) for t in SPECIAL] != [PAD, BOS, EOS]:
-        raise BadInput(f"{path} must hold <pad>, <s>, </s> as ids 0, 1, 2, as data/prepare_tokenizer.py makes it")
+        raise BadInput(f"{path} must hold <pad>, <s>, </s> as ids 0, 1, 2; make it with prepare_tokenizer.py")
     if tokenizer.get_vocab_size() > 65_535:
-        raise BadInput(f"{path} has {tokenizer.get_vocab_size()} tokens; token files are uint16: at most 65,535")
+        raise BadInput(f"{path} has {tokenizer.get_vocab_size()} tokens; token files are uint16: at most "
+                       "65,535")
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -1433,8 +1510,9 @@ def encode(tokenizer, text: str) -> list[int]:
 
 
 def render_chat(tokenizer, messages: Sequence[dict], reply: bool = False) -> tuple[list[int], list[bool]]:
-    """Token ids and loss mask of a conversation: `<s>role\\ncontent</s>\\n` a turn, True on what the assistant says
-    and on its </s>. `reply` opens the assistant's next turn. Raises BadInput on an unknown role or no content."""
+    """Token ids and loss mask of a conversation: `<s>role\\ncontent</s>\\n` a turn, True on what the
+    assistant says and on its </s>. `reply` opens the assistant's next turn. Raises BadInput on an unknown
+    role or no content."""
     ids, mask = [], []
 
     def add(tokens, supervised):
@@ -1444,7 +1522,8 @@ def render_chat(tokenizer, messages: Sequence[dict], reply: bool = False) -> tup
     for message in messages:
         role, content = message.get("role"), message.get("content")
         if role not in ("system", "user", "assistant") or not isinstance(content, str):
-            raise BadInput(f"a message needs a role (system, user, assistant) and a content string, got {str(message)[:80]}")
+            raise BadInput("a message needs a role (system, user, assistant) and a content string, got "
+                           f"{str(message)[:80]}")
         add([BOS, *encode(tokenizer, role + "\n")], False)
         add([*encode(tokenizer, content), EOS], role == "assistant")
         add(newline, False)
@@ -1462,8 +1541,9 @@ CHAT_TEMPLATE = (  # render_chat in Jinja; a newline is always a token of its ow
 
 def token_bytes(tokenizer) -> list[bytes]:
     """The bytes of every token of a byte-level tokenizer; special tokens have none."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]         # the byte-level alphabet of GPT-2 ...
-    others = [b for b in range(256) if b not in printable]                    # ... moves the rest to 256 and on
+    # The byte-level alphabet of GPT-2: printable bytes are themselves, the others go to 256 and on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
     byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
     table = [b""] * tokenizer.get_vocab_size()
     for token, i in tokenizer.get_vocab().items():
@@ -1473,7 +1553,8 @@ def token_bytes(tokenizer) -> list[bytes]:
 
 
 class TextStream:
-    """Tokens of one row in, text out as soon as it is certain: no character is split, no stop string shown."""
+    """Tokens of one row in, text out as soon as it is certain: no character is split, no stop string
+    shown."""
 
     def __init__(self, table: Sequence[bytes], stop: Sequence[str] = ()):
         self.table, self.stop, self.ended = table, [s for s in stop if s], False
@@ -1504,7 +1585,8 @@ class TextStream:
 
 def stream(model: nn.Module, table: Sequence[bytes], prompts: Sequence[Sequence[int]], max_tokens: int,
            stop: Sequence[str] = (), **sampling) -> Iterator[tuple[int, str]]:
-    """Yield (row, text) pieces as they come; `table` is token_bytes(tokenizer), `sampling` goes to `generate`."""
+    """Yield (row, text) pieces as they come; `table` is token_bytes(tokenizer), `sampling` goes to
+    `generate`."""
     streams = [TextStream(table, stop) for _ in prompts]
     for tokens in generate(model, prompts, max_tokens, **sampling):
         for row, token in enumerate(tokens):
@@ -1518,10 +1600,12 @@ def stream(model: nn.Module, table: Sequence[bytes], prompts: Sequence[Sequence[
 
 
 def pack(lengths: np.ndarray, room: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Put documents whole into rows of `room` tokens: (order, bounds), row r holds order[bounds[r]:bounds[r + 1]].
+    """Put documents whole into rows of `room` tokens: (order, bounds), row r holds order[bounds[r]:bounds[r +
+    1]].
 
-    Longest first, each into the emptiest row, so that rows are mixed and evenly full; by counts of equal lengths,
-    so that a million documents take about a second. Who goes where is drawn from `seed`; the number of rows is not.
+    Longest first, each into the emptiest row, so that rows are mixed and evenly full; by counts of equal
+    lengths, so that a million documents take about a second. Who goes where is drawn from `seed`; the number
+    of rows is not.
     """
     lengths = np.asarray(lengths)
     if len(lengths) and (lengths.max() > room or lengths.min() < 1):
@@ -1554,8 +1638,8 @@ def pack(lengths: np.ndarray, room: int, seed: int = 0) -> tuple[np.ndarray, np.
 def collate(rows: Sequence[Sequence[tuple]], seq_len: int) -> tuple[Tensor, Tensor, Tensor]:
     """ids, targets, docs (B, seq_len) int64 of rows of documents.
 
-    A document is (tokens,) or (tokens, mask): n tokens make n - 1 positions, each predicting the next token where
-    `mask` of that next token is True. Padding is PAD, IGNORE, -1.
+    A document is (tokens,) or (tokens, mask): n tokens make n - 1 positions, each predicting the next token
+    where `mask` of that next token is True. Padding is PAD, IGNORE, -1.
     """
     ids = np.full((len(rows), seq_len), PAD, np.int64)
     targets, docs = np.full_like(ids, IGNORE), np.full_like(ids, -1)

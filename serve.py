@@ -1,11 +1,11 @@
 """Generate with a trained checkpoint.
 
-    python serve.py PROMPT="The module"                              stream a completion from the newest checkpoint
+    python serve.py PROMPT="The module"                            continue it with the newest checkpoint
     echo "春眠不觉晓" | python serve.py CHECKPOINT=out/poetry TEMPERATURE=0.7
-    python serve.py PROMPTS=prompts.jsonl ANSWERS=answers.jsonl      a file of prompts, greedy, batched
+    python serve.py PROMPTS=prompts.jsonl ANSWERS=answers.jsonl    a file of prompts, greedy, batched
 
-A row of PROMPTS has `prompt`, or `messages` or `conversations` (turns with role and content; a closing assistant turn
-is the reference and is left out). ANSWERS repeats the row's other fields and adds `answer`.
+A row of PROMPTS has `prompt`, or `messages` or `conversations` (turns with role and content; a closing
+assistant turn is the reference and is left out). ANSWERS repeats the row's other fields and adds `answer`.
 """
 
 import json
@@ -46,7 +46,9 @@ def load():
     changes = {"yarn": YARN} if YARN != 1 else {}
     if changes and found["kind"] != "LM":
         raise common.BadInput(f"YARN={YARN} needs rotary positions; {path} holds a {found['kind']}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    device = torch.device(
+        "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    )
     model = common.for_inference(common.build(found, **changes).to(device), common.pick_dtype(DTYPE, device))
     return model, common.load_tokenizer(path.parent / "tokenizer.json"), path
 
@@ -64,9 +66,18 @@ def complete(prompt):
     print(f"{path}, seed {seed}", file=sys.stderr, flush=True)
     print(prompt, end="", flush=True)
     begin, text = time.perf_counter(), ""
-    for _, piece in common.stream(model, common.token_bytes(tokenizer), [ids], room(model, ids), STOP, seeds=seed,
-                                  temperature=0.8 if TEMPERATURE == -1 else TEMPERATURE, top_k=TOP_K, top_p=TOP_P,
-                                  repetition_penalty=REPETITION_PENALTY):
+    for _, piece in common.stream(
+        model,
+        common.token_bytes(tokenizer),
+        [ids],
+        room(model, ids),
+        STOP,
+        seeds=seed,
+        temperature=0.8 if TEMPERATURE == -1 else TEMPERATURE,
+        top_k=TOP_K,
+        top_p=TOP_P,
+        repetition_penalty=REPETITION_PENALTY,
+    ):
         text += piece
         print(piece, end="", flush=True)
     seconds, count = time.perf_counter() - begin, len(common.encode(tokenizer, text))
@@ -92,9 +103,15 @@ def read_prompts(tokenizer):
             else:
                 ids = [common.BOS, *common.encode(tokenizer, row["prompt"])]
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-            why = error if isinstance(error, common.BadInput) else "a row needs prompt, messages or conversations"
+            why = (
+                error
+                if isinstance(error, common.BadInput)
+                else "a row needs prompt, messages or conversations"
+            )
             raise common.BadInput(f"{PROMPTS}:{number}: {why}") from None
-        rows.append((ids, {k: v for k, v in row.items() if k not in ("prompt", "messages", "conversations")}, number))
+        rows.append(
+            (ids, {k: v for k, v in row.items() if k not in ("prompt", "messages", "conversations")}, number)
+        )
     if not rows:
         raise common.BadInput(f"{PROMPTS} has no rows")
     return rows
@@ -107,8 +124,10 @@ def answer_all():
     rows, table = read_prompts(tokenizer), common.token_bytes(tokenizer)
     for ids, _, number in rows:
         if len(ids) + (MAX_TOKENS or 1) > model.context:
-            raise common.BadInput(f"{PROMPTS}:{number}: {len(ids)} tokens and MAX_TOKENS {MAX_TOKENS or 1} pass the context "
-                                  f"of {model.context}; shorten it, or stretch the context with YARN")
+            raise common.BadInput(
+                f"{PROMPTS}:{number}: {len(ids)} tokens and MAX_TOKENS {MAX_TOKENS or 1} pass the context "
+                f"of {model.context}; shorten it, or stretch the context with YARN"
+            )
     answers = [""] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
     print(f"{path}: {len(rows)} prompts", file=sys.stderr, flush=True)
@@ -116,14 +135,28 @@ def answer_all():
         for at in range(0, len(order), BATCH):
             chosen = order[at:at + BATCH]
             prompts = [rows[i][0] for i in chosen]
-            pieces = common.stream(model, table, prompts, room(model, prompts[-1]), STOP, top_k=TOP_K, top_p=TOP_P,
-                                   temperature=max(0.0, TEMPERATURE), repetition_penalty=REPETITION_PENALTY,
-                                   seeds=[max(SEED, 0) + i for i in chosen])
+            pieces = common.stream(
+                model,
+                table,
+                prompts,
+                room(model, prompts[-1]),
+                STOP,
+                top_k=TOP_K,
+                top_p=TOP_P,
+                temperature=max(0.0, TEMPERATURE),
+                repetition_penalty=REPETITION_PENALTY,
+                seeds=[max(SEED, 0) + i for i in chosen],
+            )
             for row, piece in pieces:
                 answers[chosen[row]] += piece
             bar.update(len(chosen))
-    lines = [json.dumps({**row[1], "answer": answer}, ensure_ascii=False) for row, answer in zip(rows, answers, strict=True)]
-    common.write_whole(Path(ANSWERS), lambda file: file.write("".join(line + "\n" for line in lines).encode()))
+    lines = [
+        json.dumps({**row[1], "answer": answer}, ensure_ascii=False)
+        for row, answer in zip(rows, answers, strict=True)
+    ]
+    common.write_whole(
+        Path(ANSWERS), lambda file: file.write("".join(line + "\n" for line in lines).encode())
+    )
     print(f"{ANSWERS}: {len(lines)} answers", flush=True)
     return answers
 

@@ -36,8 +36,23 @@ os.environ["OMP_NUM_THREADS"] = "1"          # in the processes started here too
 ROOT = Path(__file__).parent
 SCRIPTS = ["train_pretrain.py", "serve.py", "bench.py", "data/prepare_text.py", "data/prepare_tokenizer.py",
            "data/prepare_python_docs.py"]
-TINY = dict(DIM=32, N_LAYERS=2, N_HEADS=4, N_KV_HEADS=2, SEQ_LEN=64, STEPS=12, BATCH=8, MICRO_BATCH=4, WARMUP=2,
-            DTYPE="float32", LOG_EVERY=1, EVAL_EVERY=4, EVAL_ROWS=4, SAVE_EVERY=5, SAMPLE_EVERY=0)
+TINY = dict(
+    DIM=32,
+    N_LAYERS=2,
+    N_HEADS=4,
+    N_KV_HEADS=2,
+    SEQ_LEN=64,
+    STEPS=12,
+    BATCH=8,
+    MICRO_BATCH=4,
+    WARMUP=2,
+    DTYPE="float32",
+    LOG_EVERY=1,
+    EVAL_EVERY=4,
+    EVAL_ROWS=4,
+    SAVE_EVERY=5,
+    SAMPLE_EVERY=0,
+)
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -48,7 +63,9 @@ def close(a, b, tolerance=1e-12):
 def tiny_lm(**changes):
     """A model whose zero-initialised matrices are not zero, in float64."""
     torch.manual_seed(1)
-    model = common.LM(**{**dict(vocab_size=300, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, seq_len=128), **changes})
+    model = common.LM(
+        **{**dict(vocab_size=300, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, seq_len=128), **changes}
+    )
     for p in model.parameters():
         if p.ndim == 2:
             torch.nn.init.normal_(p, std=0.2)
@@ -74,7 +91,9 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokens(text, tmp_path_factory):
     """Its token files, with a tokenizer of 320 tokens."""
-    return prepare_text.prepare(text, vocab_size=320, share=0.1, out=tmp_path_factory.mktemp("tokens") / "tiny")
+    return prepare_text.prepare(
+        text, vocab_size=320, share=0.1, out=tmp_path_factory.mktemp("tokens") / "tiny"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +106,12 @@ def train(tokens, tmp_path, monkeypatch):
     """Run train_pretrain.main() in this process with constants changed; returns its metrics."""
     def run(module=train_pretrain, **constants):
         with monkeypatch.context() as patch:
-            for name, value in {**TINY, "DATA": str(tokens), "OUT": str(tmp_path / "run"), **constants}.items():
+            for name, value in {
+                **TINY,
+                "DATA": str(tokens),
+                "OUT": str(tmp_path / "run"),
+                **constants,
+            }.items():
                 patch.setattr(module, name, value)
             return module.main()
     return run
@@ -99,7 +123,11 @@ def words(tokens, **constants):
 
 def launch(*arguments, ranks=0, **options):
     """A script in a process of its own, or under torchrun."""
-    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else [sys.executable]
+    runner = (
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        if ranks
+        else [sys.executable]
+    )
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT, **options}
     return subprocess.Popen([*runner, *map(str, arguments)], **options)
 
@@ -117,7 +145,9 @@ def weights(out, name="checkpoint.pt"):
 def same_weights(a, b, tolerance=0.0):
     assert a.keys() == b.keys()
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 # Constants.
@@ -151,14 +181,23 @@ def test_constants_are_literals_that_something_reads(script):
              if isinstance(n, ast.Attribute)}
     assert constants and constants <= read, constants - read
     for function in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)):
-        defaults = [d for d in ast.walk(function.args) if isinstance(d, ast.Name)] if hasattr(function, "args") else []
-        assert not {d.id for d in defaults} & constants - {"TXT_CHARS"}, f"a constant is a default of {function.name}"
+        defaults = (
+            [d for d in ast.walk(function.args) if isinstance(d, ast.Name)]
+            if hasattr(function, "args")
+            else []
+        )
+        assert not {d.id for d in defaults} & constants - {"TXT_CHARS"}, (
+            f"a constant is a default of {function.name}"
+        )
 
 
 def test_help_and_errors_of_the_command_line():
     output = finish(launch("train_pretrain.py", "--help"))
     assert "python train_pretrain.py" in output and "SEQ_LEN = 512" in output and "def " not in output
-    for words_, message in [(["DATA=nowhere.jsonl"], "there is no file nowhere.jsonl"), (["DMI=3"], "did you mean DIM?")]:
+    for words_, message in [
+        (["DATA=nowhere.jsonl"], "there is no file nowhere.jsonl"),
+        (["DMI=3"], "did you mean DIM?"),
+    ]:
         output = finish(launch("train_pretrain.py", *words_), 1)
         assert message in output and "Traceback" not in output
 
@@ -167,7 +206,11 @@ def test_help_and_errors_of_the_command_line():
 
 def test_schedule():
     scale = [common.lr_scale(s, 100, 10, 0.1) for s in range(101)]
-    assert scale[0] == pytest.approx(1 / 11) and max(scale) == scale[10] == 1 and scale[100] == pytest.approx(0.1)
+    assert (
+        scale[0] == pytest.approx(1 / 11)
+        and max(scale) == scale[10] == 1
+        and scale[100] == pytest.approx(0.1)
+    )
     wsd = [common.lr_scale(s, 100, 10, 0.0, "wsd") for s in range(101)]
     assert wsd[10:71] == [1.0] * 61 and wsd[85] == pytest.approx(0.5) and wsd[100] == 0
     with pytest.raises(common.BadInput, match="neither cosine nor wsd"):
@@ -185,7 +228,7 @@ class Counting(torch.nn.Linear):
 
 def test_update_is_the_same_however_it_is_cut():
     x, y = torch.randn(8, 6, 4).double(), torch.randn(8, 6, 4).double()
-    keep = torch.rand(8, 6) < torch.linspace(0, 1, 8)[:, None]       # ragged: the first row has nothing at all
+    keep = torch.rand(8, 6) < torch.linspace(0, 1, 8)[:, None]  # ragged: the first row has nothing at all
     results = []
     for cut in (1, 2, 4, 8):
         torch.manual_seed(0)
@@ -201,7 +244,9 @@ def test_update_is_the_same_however_it_is_cut():
         results.append((net.weight.detach(), [d.loss for d in done], [d.grad_norm for d in done]))
     for weight, losses, norms in results[1:]:
         close(weight, results[0][0])
-        assert losses == pytest.approx(results[0][1], rel=1e-12) and norms == pytest.approx(results[0][2], rel=1e-12)
+        assert losses == pytest.approx(results[0][1], rel=1e-12) and norms == pytest.approx(
+            results[0][2], rel=1e-12
+        )
 
 
 def test_gradients_are_synchronised_on_the_last_micro_batch_only(monkeypatch):
@@ -218,8 +263,15 @@ def test_non_finite_update_leaves_the_weights(poison):
     net = torch.nn.Linear(2, 1)
     before = net.weight.clone()
     run = common.Run(0, 0, 1, torch.device("cpu"), torch.float32, 0)
-    done = common.update(run, net, [torch.optim.AdamW(net.parameters(), lr=0.1)], [torch.full((3, 2), poison)],
-                         lambda x: (net(x).sum(), 3), 1.0, 0)
+    done = common.update(
+        run,
+        net,
+        [torch.optim.AdamW(net.parameters(), lr=0.1)],
+        [torch.full((3, 2), poison)],
+        lambda x: (net(x).sum(), 3),
+        1.0,
+        0,
+    )
     assert not done.applied and torch.equal(net.weight, before) and net.weight.grad is None
 
 
@@ -228,9 +280,18 @@ def test_run_that_only_diverges_stops_and_names_the_rows(train, tmp_path):
         train(OPTIMIZER="adamw", LR=1e38, WARMUP=0, MAX_BAD_STEPS=3, CLIP=0.0)
 
 
-@pytest.mark.parametrize("window, hour, inside", [
-    ("22:00-07:00", 23, True), ("22:00-07:00", 3, True), ("22:00-07:00", 7, False), ("22:00-07:00", 12, False),
-    ("01:00-05:00", 2, True), ("01:00-05:00", 5, False), ("", 3, False)])
+@pytest.mark.parametrize(
+    "window, hour, inside",
+    [
+        ("22:00-07:00", 23, True),
+        ("22:00-07:00", 3, True),
+        ("22:00-07:00", 7, False),
+        ("22:00-07:00", 12, False),
+        ("01:00-05:00", 2, True),
+        ("01:00-05:00", 5, False),
+        ("", 3, False),
+    ],
+)
 def test_night(window, hour, inside):
     assert common.in_window(window, datetime.time(hour)) is inside
 
@@ -246,7 +307,7 @@ def test_night_changes_threads_and_micro_batch_but_not_the_update(train, tmp_pat
     with pytest.raises(common.BadInput, match="not of the form 22:00-07:00"):
         train(NIGHT="ten")
     train(OUT=str(tmp_path / "night"), OPTIMIZER="adamw", NIGHT=window)
-    assert used[:3] == [2, 4, 2] and threads == 1            # half the threads; micro-batches of 2 rows, not 4
+    assert used[:3] == [2, 4, 2] and threads == 1  # half the threads; micro-batches of 2 rows, not 4
     same_weights(weights(tmp_path / "day"), weights(tmp_path / "night"), 1e-5)
 
 
@@ -270,7 +331,13 @@ def test_rope_and_yarn_equal_transformers(factor):
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
     rope = {"rope_type": "default", "rope_theta": 1e6} if factor == 1 else {
         "rope_type": "yarn", "rope_theta": 1e6, "factor": factor, "original_max_position_embeddings": 512}
-    config = Qwen3Config(hidden_size=128, num_attention_heads=2, head_dim=64, max_position_embeddings=2048, rope_parameters=rope)
+    config = Qwen3Config(
+        hidden_size=128,
+        num_attention_heads=2,
+        head_dim=64,
+        max_position_embeddings=2048,
+        rope_parameters=rope,
+    )
     assert factor == 1 or "yarn" in ROPE_INIT_FUNCTIONS
     cos, sin = Qwen3RotaryEmbedding(config)(torch.zeros(1), torch.arange(2048)[None])
     ours = common.rope_table(64, 2048, 1e6, factor, 512)
@@ -283,15 +350,37 @@ def test_weights_map_one_to_one_onto_qwen3(tied, qk_norm):
     from transformers import Qwen3Config, Qwen3ForCausalLM
     ours = tiny_lm(tied=tied, qk_norm=qk_norm).float()
     s = ours.sizes
-    theirs = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=s["head_dim"],
-        intermediate_size=s["hidden_dim"], rms_norm_eps=s["eps"], tie_word_embeddings=tied,
-        rope_parameters={"rope_type": "default", "rope_theta": s["theta"]}, max_position_embeddings=128)).eval()
-    names = [("embedding", "model.embed_tokens"), ("layers", "model.layers"), ("attention.q.", "self_attn.q_proj."),
-             ("attention.k.", "self_attn.k_proj."), ("attention.v.", "self_attn.v_proj."), ("attention.out", "self_attn.o_proj"),
-             ("attention.norm_q", "self_attn.q_norm"), ("attention.norm_k", "self_attn.k_norm"), ("mlp.gate", "mlp.gate_proj"),
-             ("mlp.up", "mlp.up_proj"), ("mlp.down", "mlp.down_proj"), ("norm_attn", "input_layernorm"),
-             ("norm_mlp", "post_attention_layernorm"), ("head.", "lm_head.")]
+    theirs = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=300,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=s["head_dim"],
+            intermediate_size=s["hidden_dim"],
+            rms_norm_eps=s["eps"],
+            tie_word_embeddings=tied,
+            rope_parameters={"rope_type": "default", "rope_theta": s["theta"]},
+            max_position_embeddings=128,
+        )
+    ).eval()
+    names = [
+        ("embedding", "model.embed_tokens"),
+        ("layers", "model.layers"),
+        ("attention.q.", "self_attn.q_proj."),
+        ("attention.k.", "self_attn.k_proj."),
+        ("attention.v.", "self_attn.v_proj."),
+        ("attention.out", "self_attn.o_proj"),
+        ("attention.norm_q", "self_attn.q_norm"),
+        ("attention.norm_k", "self_attn.k_norm"),
+        ("mlp.gate", "mlp.gate_proj"),
+        ("mlp.up", "mlp.up_proj"),
+        ("mlp.down", "mlp.down_proj"),
+        ("norm_attn", "input_layernorm"),
+        ("norm_mlp", "post_attention_layernorm"),
+        ("head.", "lm_head."),
+    ]
     state = {}
     for name, value in ours.state_dict().items():
         name = "model.norm.weight" if name == "norm.weight" else name
@@ -370,14 +459,19 @@ def test_packed_equals_unpacked_loss_and_gradients():
 
 @pytest.mark.parametrize("n, v", [(1, 7), (200, 50), (777, 6400)])
 def test_chunked_cross_entropy_equals_the_full_one(n, v):
-    h, w = torch.randn(n, 16, dtype=torch.float64, requires_grad=True), torch.randn(v, 16, dtype=torch.float64, requires_grad=True)
+    h, w = (
+        torch.randn(n, 16, dtype=torch.float64, requires_grad=True),
+        torch.randn(v, 16, dtype=torch.float64, requires_grad=True),
+    )
     y = torch.randint(0, v, (n,))
     y[::3] = common.IGNORE
     loss, count = common.linear_cross_entropy(h[None], w, y[None])
     full = F.cross_entropy(h @ w.T, y, ignore_index=common.IGNORE, reduction="sum")
     assert count == (y >= 0).sum()
     close(loss, full)
-    for a, b in zip(torch.autograd.grad(3 * loss, (h, w)), torch.autograd.grad(3 * full, (h, w)), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(3 * loss, (h, w)), torch.autograd.grad(3 * full, (h, w)), strict=True
+    ):
         close(a, b)
     h32, w32 = h.detach().float().requires_grad_(), w.detach().float().requires_grad_()
     if n == 777:
@@ -385,7 +479,9 @@ def test_chunked_cross_entropy_equals_the_full_one(n, v):
         assert peak < 2 * bench.peak_of(lambda: torch.empty(700, 6400)) + 2 * w32.numel() * 4 + 2**20
     h, y = torch.randn(9000, 16), torch.randint(0, 6400, (9000,))
     if n == 777:  # eleven times the rows, not the memory
-        many = bench.peak_of(lambda: common.linear_cross_entropy(h.requires_grad_()[None], w32, y[None])[0].backward())
+        many = bench.peak_of(
+            lambda: common.linear_cross_entropy(h.requires_grad_()[None], w32, y[None])[0].backward()
+        )
         assert many < 2 * peak and many < 9000 * 6400 * 4 / 4
 
 
@@ -403,7 +499,12 @@ def test_moe_equals_a_loop_over_tokens_and_drops_none():
         for t in range(21):
             p = (moe.router.weight @ x[b, t]).softmax(0)
             top, chosen = p.topk(2)
-            rows.append(moe.shared(x[b, t]) + sum(w / top.sum() * moe.experts[e](x[b, t]) for w, e in zip(top, chosen.tolist(), strict=True)))
+            rows.append(
+                moe.shared(x[b, t])
+                + sum(
+                    w / top.sum() * moe.experts[e](x[b, t]) for w, e in zip(top, chosen.tolist(), strict=True)
+                )
+            )
             if real[b, t]:
                 share[chosen] += 1 / (2 * real[b].sum().item())
                 mean = mean + p / real[b].sum().item()
@@ -429,7 +530,7 @@ def test_cached_reading_equals_the_parallel_pass_at_every_position(joined, exper
         parallel = net.hidden(ids)[0][0]
         if joined:
             net = common.for_inference(net, torch.float64)
-        for cut in ([1] * 40, [7, 1, 1, 13, 1, 17], [39, 1]):            # token by token, in chunks, in one pass
+        for cut in ([1] * 40, [7, 1, 1, 13, 1, 17], [39, 1]):  # token by token, in chunks, in one pass
             cache, at = common.Cache(net, 1, 40), 0
             for n in cut:
                 last = net.read(ids[:, at:at + n], [n], cache)
@@ -437,7 +538,9 @@ def test_cached_reading_equals_the_parallel_pass_at_every_position(joined, exper
                 close(last[0], parallel[at - 1], 1e-10)
 
 
-@pytest.mark.parametrize("settings_", [dict(temperature=0), dict(temperature=0.9, top_k=20, top_p=0.9, repetition_penalty=1.3)])
+@pytest.mark.parametrize(
+    "settings_", [dict(temperature=0), dict(temperature=0.9, top_k=20, top_p=0.9, repetition_penalty=1.3)]
+)
 def test_ragged_batch_equals_one_at_a_time_cached_or_not(settings_):
     net = common.for_inference(tiny_lm(), torch.float64)
     prompts = [[1, 5, 9], [1], list(range(3, 40)), [1, 7]]
@@ -476,9 +579,15 @@ def test_repetition_penalty_and_end_of_text():
     assert row[:4] == plain[:4] and set(row[4:]) <= {None}
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(max_tokens=200), r"prompt of 3 tokens and MAX_TOKENS 200 pass the context of 128"),
-    (dict(temperature=-1.0), "TEMPERATURE -1"), (dict(top_p=0.0), "TOP_P 0"), (dict(max_tokens=0), "MAX_TOKENS 0")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(max_tokens=200), r"prompt of 3 tokens and MAX_TOKENS 200 pass the context of 128"),
+        (dict(temperature=-1.0), "TEMPERATURE -1"),
+        (dict(top_p=0.0), "TOP_P 0"),
+        (dict(max_tokens=0), "MAX_TOKENS 0"),
+    ],
+)
 def test_generation_refuses_with_the_numbers(changes, message):
     with pytest.raises(common.BadInput, match=message):
         list(common.generate(tiny_lm(), [[1, 2, 3]], **{"max_tokens": 5, **changes}))
@@ -515,26 +624,44 @@ def hf_tokenizer(tokens):
 
 
 @settings(max_examples=100, deadline=None)
-@given(turns=st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]),
-                                st.text().filter(lambda t: not any(s in t for s in common.SPECIAL))), min_size=1, max_size=5),
-       reply=st.booleans())
+@given(
+    turns=st.lists(
+        st.tuples(
+            st.sampled_from(["system", "user", "assistant"]),
+            st.text().filter(lambda t: not any(s in t for s in common.SPECIAL)),
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    reply=st.booleans(),
+)
 def test_chat_ids_and_mask_equal_apply_chat_template(tokenizer, hf_tokenizer, turns, reply):
     messages = [{"role": r, "content": c} for r, c in turns]
-    theirs = hf_tokenizer.apply_chat_template(messages, add_generation_prompt=reply, tokenize=True, return_dict=True,
-                                              return_assistant_tokens_mask=True)
+    theirs = hf_tokenizer.apply_chat_template(
+        messages,
+        add_generation_prompt=reply,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
     ids, mask = common.render_chat(tokenizer, messages, reply)
     assert ids == theirs["input_ids"] and [int(m) for m in mask] == theirs["assistant_masks"]
 
 
-@pytest.mark.parametrize("message", [{"role": "robot", "content": "x"}, {"role": "user"}, {"role": "user", "content": None}])
+@pytest.mark.parametrize(
+    "message", [{"role": "robot", "content": "x"}, {"role": "user"}, {"role": "user", "content": None}]
+)
 def test_chat_refuses_a_broken_turn(tokenizer, message):
     with pytest.raises(common.BadInput, match="a message needs a role"):
         common.render_chat(tokenizer, [message])
 
 
 @settings(max_examples=200, deadline=None)
-@given(text=st.text(alphabet="ab🙂山\n", max_size=30), stop=st.lists(st.text(alphabet="ab🙂山", min_size=1, max_size=4), max_size=3),
-       cuts=st.lists(st.integers(1, 3), min_size=1))
+@given(
+    text=st.text(alphabet="ab🙂山\n", max_size=30),
+    stop=st.lists(st.text(alphabet="ab🙂山", min_size=1, max_size=4), max_size=3),
+    cuts=st.lists(st.integers(1, 3), min_size=1),
+)
 def test_stream_splits_no_character_and_stops_at_the_first_stop_string(text, stop, cuts):
     raw, pieces, at, i = text.encode(), [], 0, 0
     while at < len(raw):
@@ -575,9 +702,16 @@ def test_token_files_lose_nothing(text, tokens, tokenizer):
     table, found = common.token_bytes(tokenizer), []
     for split in ("train", "valid"):
         ids, bounds = np.fromfile(tokens / f"{split}.bin", np.uint16), np.load(tokens / f"{split}.idx.npy")
-        part = [b"".join(table[i] for i in ids[a:b]).decode() for a, b in zip(bounds, bounds[1:], strict=False)]
-        assert all(ids[a] == common.BOS and ids[b - 1] == common.EOS for a, b in zip(bounds, bounds[1:], strict=False))
-        assert meta[split]["documents"] == len(part) and meta[split]["bytes"] == sum(len(t.encode()) for t in part)
+        part = [
+            b"".join(table[i] for i in ids[a:b]).decode() for a, b in zip(bounds, bounds[1:], strict=False)
+        ]
+        assert all(
+            ids[a] == common.BOS and ids[b - 1] == common.EOS
+            for a, b in zip(bounds, bounds[1:], strict=False)
+        )
+        assert meta[split]["documents"] == len(part) and meta[split]["bytes"] == sum(
+            len(t.encode()) for t in part
+        )
         found += part
     assert sorted(found) == sorted(rows) and meta["valid"]["documents"] > 30
 
@@ -586,15 +720,26 @@ def test_documents_longer_than_a_row_are_cut_and_each_token_predicted_once(token
     for seq_len in (8, 64):
         rows = train_pretrain.Rows(tokens, "train", seq_len)
         for epoch in (0, 1):
-            targets = torch.cat([t[t >= 0] for _, t, _ in rows.batches(range(epoch * rows.count, (epoch + 1) * rows.count), 8, "cpu")])
-            expected = np.concatenate([d[1:] for d in np.split(np.array(rows.tokens), np.load(tokens / "train.idx.npy")[1:-1])])
+            targets = torch.cat(
+                [
+                    t[t >= 0]
+                    for _, t, _ in rows.batches(range(epoch * rows.count, (epoch + 1) * rows.count), 8, "cpu")
+                ]
+            )
+            expected = np.concatenate(
+                [d[1:] for d in np.split(np.array(rows.tokens), np.load(tokens / "train.idx.npy")[1:-1])]
+            )
             assert np.array_equal(np.bincount(targets), np.bincount(expected))
 
 
 def test_windows_with_stride_cover_the_stream(tokens):
     rows = train_pretrain.Rows(tokens, "train", 64, 48)
     starts = sorted(rows.starts)
-    assert max(np.diff(starts)) <= 48 and starts[-1] + 64 + 1 == len(rows.tokens) and len(rows.documents(0)[0][0]) == 65
+    assert (
+        max(np.diff(starts)) <= 48
+        and starts[-1] + 64 + 1 == len(rows.tokens)
+        and len(rows.documents(0)[0][0]) == 65
+    )
 
 
 def write(path, data):
@@ -604,23 +749,49 @@ def write(path, data):
 
 def test_broken_rows_are_counted_named_and_left_out(tmp_path, capsys):
     good = [json.dumps({"text": f"document number {i} of the set"}).encode() for i in range(50)]
-    bad = [b"{broken", b'{"text": 5}', b'{"other": "x"}', b'{"text": "\xff\xfe"}', b'{"text": "  "}', b'[1]', b"[" * 100_000,
-           b'{"text": "\\ud800"}']
+    bad = [
+        b"{broken",
+        b'{"text": 5}',
+        b'{"other": "x"}',
+        b'{"text": "\xff\xfe"}',
+        b'{"text": "  "}',
+        b"[1]",
+        b"[" * 100_000,
+        b'{"text": "\\ud800"}',
+    ]
     path = write(tmp_path / "x.jsonl.gz", b"\n".join(good + bad + [b"", b'{"text": "nul \\u0000 inside"}']))
     folder = prepare_text.prepare(path, vocab_size=300, out=tmp_path / "out")
     meta = json.loads((folder / "meta.json").read_text())
     assert meta["bad_rows"] == len(bad) and meta["train"]["documents"] + meta["valid"]["documents"] == 51
     named = (folder / "bad_rows.txt").read_text()
-    assert "x.jsonl.gz:51: not JSON" in named and "x.jsonl.gz:54: not UTF-8" in named and "nested too deeply" in named
+    assert (
+        "x.jsonl.gz:51: not JSON" in named
+        and "x.jsonl.gz:54: not UTF-8" in named
+        and "nested too deeply" in named
+    )
     assert "8 rows left out" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name, data, message", [
-    ("empty.jsonl", b"", "is empty"), ("blank.txt", b"\n\n \n", "no usable document"),
-    ("gbk.jsonl", '{"text": "春眠不觉晓"}\n'.encode("gb18030") * 30, "no usable document; first problem: gbk.jsonl:1: not UTF-8"),
-    ("cut.jsonl.gz", gzip.compress(b'{"text": "some words here"}\n' * 5000)[:150], "damaged or cut short"),
-    ("plain.jsonl.gz", b'{"text": "not gzip"}\n', "damaged or cut short"), ("table.csv", b"a,b", "is not one of .jsonl"),
-    ("one.jsonl", b'{"text": "only one"}\n', "too few to hold one out")])
+@pytest.mark.parametrize(
+    "name, data, message",
+    [
+        ("empty.jsonl", b"", "is empty"),
+        ("blank.txt", b"\n\n \n", "no usable document"),
+        (
+            "gbk.jsonl",
+            '{"text": "春眠不觉晓"}\n'.encode("gb18030") * 30,
+            "no usable document; first problem: gbk.jsonl:1: not UTF-8",
+        ),
+        (
+            "cut.jsonl.gz",
+            gzip.compress(b'{"text": "some words here"}\n' * 5000)[:150],
+            "damaged or cut short",
+        ),
+        ("plain.jsonl.gz", b'{"text": "not gzip"}\n', "damaged or cut short"),
+        ("table.csv", b"a,b", "is not one of .jsonl"),
+        ("one.jsonl", b'{"text": "only one"}\n', "too few to hold one out"),
+    ],
+)
 def test_unusable_data_is_one_sentence(tmp_path, name, data, message):
     with pytest.raises(common.BadInput, match=message.replace(".", r"\.")):
         (tmp_path / name).write_bytes(data)
@@ -637,8 +808,12 @@ def test_plain_text_becomes_documents_without_loss(tmp_path):
 
 def test_held_out_documents_do_not_depend_on_order_or_neighbours(text):
     rows = [json.loads(line)["text"] for line in text.read_text().splitlines()]
-    assert [prepare_text.held_out(t, 0.1) for t in rows] == [prepare_text.held_out(t, 0.1) for t in reversed(rows)][::-1]
-    assert all(prepare_text.held_out(t, 1.0) for t in rows) and not any(prepare_text.held_out(t, 0.0) for t in rows)
+    assert [prepare_text.held_out(t, 0.1) for t in rows] == [
+        prepare_text.held_out(t, 0.1) for t in reversed(rows)
+    ][::-1]
+    assert all(prepare_text.held_out(t, 1.0) for t in rows) and not any(
+        prepare_text.held_out(t, 0.0) for t in rows
+    )
 
 
 @pytest.mark.parametrize("size", [100, 70_000])
@@ -697,10 +872,20 @@ def unigram_nats(tokens):
     return -np.log(counts / counts.sum())[predicted("valid")].mean()
 
 
-@pytest.mark.parametrize("constants", [
-    dict(), dict(OPTIMIZER="adamw"), dict(N_EXPERTS=4), dict(MODEL="classic", HIDDEN_DIM=64, OPTIMIZER="adamw", SCHEDULE="wsd"),
-    dict(STRIDE=32), dict(DTYPE="bfloat16"), dict(DTYPE="float16", OPTIMIZER="adamw"), dict(TIED=False, QK_NORM=False, DROPOUT=0.05)],
-    ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()) or "default")
+@pytest.mark.parametrize(
+    "constants",
+    [
+        dict(),
+        dict(OPTIMIZER="adamw"),
+        dict(N_EXPERTS=4),
+        dict(MODEL="classic", HIDDEN_DIM=64, OPTIMIZER="adamw", SCHEDULE="wsd"),
+        dict(STRIDE=32),
+        dict(DTYPE="bfloat16"),
+        dict(DTYPE="float16", OPTIMIZER="adamw"),
+        dict(TIED=False, QK_NORM=False, DROPOUT=0.05),
+    ],
+    ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()) or "default",
+)
 def test_training_learns_well_below_unigrams(train, tokens, tmp_path, constants):
     found = train(STEPS=80, WARMUP=8, EVAL_EVERY=40, LR=1e-2, **constants)
     assert found["nats_per_token"] < 0.62 * unigram_nats(tokens), (found, unigram_nats(tokens))
@@ -708,7 +893,14 @@ def test_training_learns_well_below_unigrams(train, tokens, tmp_path, constants)
     assert lines[-1]["final"] and lines[-1]["bits_per_byte"] == found["bits_per_byte"]
     meta = json.loads((tokens / "meta.json").read_text())["valid"]
     assert found["bytes"] == meta["bytes"] and found["tokens"] == meta["tokens"] - meta["documents"]
-    for name in ("best.pt", "checkpoint.pt", "model.safetensors", "config.json", "curves.png", "tokenizer.json"):
+    for name in (
+        "best.pt",
+        "checkpoint.pt",
+        "model.safetensors",
+        "config.json",
+        "curves.png",
+        "tokenizer.json",
+    ):
         assert (tmp_path / "run" / name).stat().st_size > 0
 
 
@@ -734,7 +926,9 @@ def test_scoring_unseen_text_uses_the_best_checkpoint(train, text, tmp_path, mon
 def test_separate_validation_file_and_start_from_a_checkpoint(train, text, tokens, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_text, "CACHE", str(tmp_path / "cache"))
     first = train(STEPS=40, LR=1e-2, OUT=str(tmp_path / "first"))
-    second = train(DATA=str(text), VALID=str(text), INIT=str(tmp_path / "first"), STEPS=4, LR=1e-4, MUON_LR=1e-4, DIM=999)
+    second = train(
+        DATA=str(text), VALID=str(text), INIT=str(tmp_path / "first"), STEPS=4, LR=1e-4, MUON_LR=1e-4, DIM=999
+    )
     assert common.read_metrics(tmp_path / "run")[0]["valid_nats_per_token"] < 1.2 * first["nats_per_token"]
     assert second["tokens"] > 5 * first["tokens"]
 
@@ -766,8 +960,11 @@ def interrupted(train, after, **constants):
         return train(**constants)
 
 
-@pytest.mark.parametrize("constants", [dict(), dict(DTYPE="float16", OPTIMIZER="adamw", DROPOUT=0.1), dict(MODEL="classic", HIDDEN_DIM=64)],
-                         ids=["muon", "float16", "classic"])
+@pytest.mark.parametrize(
+    "constants",
+    [dict(), dict(DTYPE="float16", OPTIMIZER="adamw", DROPOUT=0.1), dict(MODEL="classic", HIDDEN_DIM=64)],
+    ids=["muon", "float16", "classic"],
+)
 def test_sigterm_saves_the_last_step_and_the_rerun_repeats_the_uninterrupted_run(train, tmp_path, constants):
     train(OUT=str(tmp_path / "whole"), **constants)
     for after in (2, 7):
@@ -786,12 +983,16 @@ def test_kill_9_loses_at_most_one_save_interval_and_nothing_of_the_result(tokens
     whole = launch("train_pretrain.py", *args, f"OUT={tmp_path}/whole", ranks=ranks)
     finish(whole)
     for until in (4, 17):
-        process = launch("train_pretrain.py", *args, f"OUT={tmp_path}/run", ranks=ranks, start_new_session=True)
+        process = launch(
+            "train_pretrain.py", *args, f"OUT={tmp_path}/run", ranks=ranks, start_new_session=True
+        )
         while not any(x["step"] >= until for x in metrics_so_far(tmp_path / "run")):
             assert process.poll() is None, process.stdout.read()
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)
-        for line in os.popen("ps -eo pid,args").read().splitlines():     # torchrun's workers have sessions of their own
+        for line in (
+            os.popen("ps -eo pid,args").read().splitlines()
+        ):  # torchrun's workers have sessions of their own
             if f"OUT={tmp_path}/run" in line and "ps -eo" not in line:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(line.split()[0]), signal.SIGKILL)
@@ -814,7 +1015,11 @@ def test_one_process_and_two_do_the_same_updates(train, tokens, tmp_path, expert
     constants = dict(OPTIMIZER="adamw", STEPS=4, LR=1e-3, N_EXPERTS=experts)
     train(OUT=str(tmp_path / "1x8"), MICRO_BATCH=8, **constants)
     train(OUT=str(tmp_path / "4x2"), MICRO_BATCH=2, **constants)
-    finish(launch("train_pretrain.py", *words(tokens, MICRO_BATCH=4, OUT=tmp_path / "2 ranks", **constants), ranks=2))
+    finish(
+        launch(
+            "train_pretrain.py", *words(tokens, MICRO_BATCH=4, OUT=tmp_path / "2 ranks", **constants), ranks=2
+        )
+    )
     for other in ("4x2", "2 ranks"):
         same_weights(weights(tmp_path / "1x8"), weights(tmp_path / other), 1e-6)
         for a, b in zip(*(common.read_metrics(tmp_path / o) for o in ("1x8", other)), strict=True):
@@ -826,7 +1031,11 @@ def test_patience_stops_early_and_the_best_is_kept(train, tmp_path):
     lines = common.read_metrics(tmp_path / "run")
     steps = [x["step"] for x in lines if "valid_nats_per_token" in x]
     best = min((x["valid_nats_per_token"], x["step"]) for x in lines if "valid_nats_per_token" in x)
-    assert steps[-1] < 60 and common.load(tmp_path / "run/best.pt")["step"] == best[1] and found["nats_per_token"] < 9
+    assert (
+        steps[-1] < 60
+        and common.load(tmp_path / "run/best.pt")["step"] == best[1]
+        and found["nats_per_token"] < 9
+    )
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "foreign"])
@@ -859,7 +1068,7 @@ def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):
 
 def test_a_disk_that_fills_while_saving_leaves_the_earlier_checkpoint_whole(tokens, tmp_path):
     args = words(tokens, OUT=tmp_path / "run", SAVE_EVERY=3, COMPILE="no")
-    limit = 250_000                                                      # bytes a file: best.pt fits, checkpoint.pt does not
+    limit = 250_000  # bytes a file: best.pt fits, checkpoint.pt does not
 
     def small():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -874,7 +1083,9 @@ def test_a_disk_that_fills_while_saving_leaves_the_earlier_checkpoint_whole(toke
     assert (tmp_path / "run/checkpoint.pt").stat().st_size > limit > (tmp_path / "run/best.pt").stat().st_size
     output = finish(launch("train_pretrain.py", *args, "STEPS=1000", preexec_fn=small), 1)
     assert "could not write" in output and "is whole" in output and "Traceback" not in output
-    assert common.load_newest(tmp_path / "run")["step"] == sizes and not list((tmp_path / "run").glob("*.tmp"))
+    assert common.load_newest(tmp_path / "run")["step"] == sizes and not list(
+        (tmp_path / "run").glob("*.tmp")
+    )
 
 
 def test_data_that_changed_under_an_unfinished_run_are_refused_by_name(train, text, tmp_path, monkeypatch):
@@ -899,13 +1110,23 @@ def test_two_runs_do_not_share_a_folder(train, tmp_path):
     run.lock.close()
 
 
-@pytest.mark.parametrize("constants, message", [
-    (dict(BATCH=0), "BATCH 0 must be a positive multiple of 1"), (dict(N_HEADS=3), "N_HEADS 3 must be a positive multiple of 2"),
-    (dict(DIM=30), "DIM 30 is not a multiple of N_HEADS 4"), (dict(MODEL="rnn"), "MODEL 'rnn' is neither lm nor classic"),
-    (dict(OPTIMIZER="sgd"), "OPTIMIZER 'sgd' is neither"), (dict(DTYPE="int8"), "DTYPE 'int8' is not one of auto"),
-    (dict(WANDB="on"), "WANDB 'on' is not one of disabled"), (dict(SCHEDULE="flat"), "SCHEDULE 'flat' is neither"),
-    (dict(N_EXPERTS=2, N_ACTIVE=3), "n_active 3 must be between 1 and n_experts 2"), (dict(INIT="nowhere"), "there is no checkpoint nowhere"),
-    (dict(SEQ_LEN=10**7, STRIDE=1), "longer than all of the"), (dict(COMPILE="maybe"), "COMPILE 'maybe'")])
+@pytest.mark.parametrize(
+    "constants, message",
+    [
+        (dict(BATCH=0), "BATCH 0 must be a positive multiple of 1"),
+        (dict(N_HEADS=3), "N_HEADS 3 must be a positive multiple of 2"),
+        (dict(DIM=30), "DIM 30 is not a multiple of N_HEADS 4"),
+        (dict(MODEL="rnn"), "MODEL 'rnn' is neither lm nor classic"),
+        (dict(OPTIMIZER="sgd"), "OPTIMIZER 'sgd' is neither"),
+        (dict(DTYPE="int8"), "DTYPE 'int8' is not one of auto"),
+        (dict(WANDB="on"), "WANDB 'on' is not one of disabled"),
+        (dict(SCHEDULE="flat"), "SCHEDULE 'flat' is neither"),
+        (dict(N_EXPERTS=2, N_ACTIVE=3), "n_active 3 must be between 1 and n_experts 2"),
+        (dict(INIT="nowhere"), "there is no checkpoint nowhere"),
+        (dict(SEQ_LEN=10**7, STRIDE=1), "longer than all of the"),
+        (dict(COMPILE="maybe"), "COMPILE 'maybe'"),
+    ],
+)
 def test_constants_that_do_not_fit_are_one_sentence(train, constants, message):
     with pytest.raises(common.BadInput) as error:
         train(**constants)
@@ -925,7 +1146,14 @@ def test_wandb_offline_mirrors_the_run(train, tmp_path, monkeypatch):
 def trained(tokens, tmp_path_factory):
     out = tmp_path_factory.mktemp("trained") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**TINY, "STEPS": 60, "LR": 1e-2, "DATA": str(tokens), "OUT": str(out), "SEQ_LEN": 128}.items():
+        for name, value in {
+            **TINY,
+            "STEPS": 60,
+            "LR": 1e-2,
+            "DATA": str(tokens),
+            "OUT": str(out),
+            "SEQ_LEN": 128,
+        }.items():
             patch.setattr(train_pretrain, name, value)
         train_pretrain.main()
     return out
@@ -935,7 +1163,9 @@ def test_serve_completes_a_prompt_or_standard_input(trained):
     arguments = ["serve.py", f"CHECKPOINT={trained}", "SEED=3", "MAX_TOKENS=20"]
     outputs = [finish(launch(*arguments, "PROMPT=the cat", stderr=subprocess.DEVNULL)) for _ in range(2)]
     assert outputs[0] == outputs[1] and outputs[0].startswith("the cat") and len(outputs[0]) > 20
-    piped = subprocess.run([sys.executable, *arguments], input="the cat\n", capture_output=True, text=True, cwd=ROOT)
+    piped = subprocess.run(
+        [sys.executable, *arguments], input="the cat\n", capture_output=True, text=True, cwd=ROOT
+    )
     assert piped.stdout == outputs[0] and "seed 3" in piped.stderr
     empty = subprocess.run([sys.executable, *arguments], input="", capture_output=True, text=True, cwd=ROOT)
     assert empty.returncode == 1 and "nothing to continue" in empty.stderr and "Traceback" not in empty.stderr
@@ -946,17 +1176,27 @@ def test_serve_answers_a_file_in_order(trained, tmp_path, monkeypatch):
         {"messages": [{"role": "user", "content": "the sun"}], "id": 77}, {"conversations": [
             {"role": "user", "content": "the sun"}, {"role": "assistant", "content": "reference"}], "id": 78}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    for name, value in dict(CHECKPOINT=str(trained), PROMPTS=str(tmp_path / "p.jsonl"), ANSWERS=str(tmp_path / "a.jsonl"),
-                            MAX_TOKENS=12, BATCH=3, DTYPE="float32").items():
+    for name, value in dict(
+        CHECKPOINT=str(trained),
+        PROMPTS=str(tmp_path / "p.jsonl"),
+        ANSWERS=str(tmp_path / "a.jsonl"),
+        MAX_TOKENS=12,
+        BATCH=3,
+        DTYPE="float32",
+    ).items():
         monkeypatch.setattr(serve, name, value)
     answers = serve.main()
     written = [json.loads(x) for x in (tmp_path / "a.jsonl").read_text().splitlines()]
-    assert [r["id"] for r in written] == [5, 1, 9, 2, 77, 78] and all(set(r) == {"id", "answer"} for r in written)
+    assert [r["id"] for r in written] == [5, 1, 9, 2, 77, 78] and all(
+        set(r) == {"id", "answer"} for r in written
+    )
     assert answers[4] == answers[5]
     monkeypatch.setattr(serve, "BATCH", 1)
     assert serve.main() == answers
     monkeypatch.setattr(serve, "MAX_TOKENS", 127)
-    with pytest.raises(common.BadInput, match=r"p.jsonl:\d: \d+ tokens and MAX_TOKENS 127 pass the context of 128"):
+    with pytest.raises(
+        common.BadInput, match=r"p.jsonl:\d: \d+ tokens and MAX_TOKENS 127 pass the context of 128"
+    ):
         serve.main()
     (tmp_path / "p.jsonl").write_text('{"text": "x"}\n')
     with pytest.raises(common.BadInput, match="p.jsonl:1: a row needs prompt, messages or conversations"):
@@ -965,7 +1205,9 @@ def test_serve_answers_a_file_in_order(trained, tmp_path, monkeypatch):
 
 def test_serve_streams_the_classic_model_too(train, tmp_path, monkeypatch, capsys):
     train(MODEL="classic", HIDDEN_DIM=64, STEPS=3)
-    for name, value in dict(CHECKPOINT=str(tmp_path / "run"), PROMPT="the", MAX_TOKENS=9, SEED=0, STOP=("zzz",)).items():
+    for name, value in dict(
+        CHECKPOINT=str(tmp_path / "run"), PROMPT="the", MAX_TOKENS=9, SEED=0, STOP=("zzz",)
+    ).items():
         monkeypatch.setattr(serve, name, value)
     capsys.readouterr()
     assert serve.main() and capsys.readouterr().out.startswith("the")
@@ -976,8 +1218,13 @@ def test_serve_streams_the_classic_model_too(train, tmp_path, monkeypatch, capsy
 def test_bench_twin_is_the_same_model(tokens):
     """The baseline computes what ours does, or the ratio would mean nothing."""
     ours, twin = tiny_lm(qk_norm=False).float(), bench.Twin(300, 32, 2, 4, 2, 128)
-    twin.load_state_dict({**{k.replace(".attention.", "."): v for k, v in ours.state_dict().items()}, "rope": twin.rope,
-                          "head.weight": ours.head_weight})
+    twin.load_state_dict(
+        {
+            **{k.replace(".attention.", "."): v for k, v in ours.state_dict().items()},
+            "rope": twin.rope,
+            "head.weight": ours.head_weight,
+        }
+    )
     for norm in (twin.norm, *(n for layer in twin.layers for n in (layer.norm_attn, layer.norm_mlp))):
         norm.eps = 1e-6
     ids, targets = torch.randint(0, 300, (2, 60)), torch.randint(0, 300, (2, 60))
@@ -999,11 +1246,17 @@ def test_flex_attention_equals_the_twin_with_gradients():
     fast = common.attend_documents(q, k, v, common.Documents(docs)) * real
     slow = common.attend(q, k, v, common.causal_keep(docs)) * real
     close(fast, slow, 2e-3)
-    for a, b in zip(torch.autograd.grad(fast.square().sum(), (q, k, v)), torch.autograd.grad(slow.square().sum(), (q, k, v)), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(fast.square().sum(), (q, k, v)),
+        torch.autograd.grad(slow.square().sum(), (q, k, v)),
+        strict=True,
+    ):
         close(a, b, 2e-2)
 
 
 @gpu
 def test_bfloat16_on_a_gpu_learns_like_float32(train, tmp_path):
-    losses = [train(OUT=str(tmp_path / d), DTYPE=d, STEPS=40)["nats_per_token"] for d in ("bfloat16", "float32")]
+    losses = [
+        train(OUT=str(tmp_path / d), DTYPE=d, STEPS=40)["nats_per_token"] for d in ("bfloat16", "float32")
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=0.03)

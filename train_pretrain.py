@@ -1,13 +1,14 @@
 """Train a small language model on text, from nothing to samples.
 
-A decoder-only transformer (grouped-query attention, RoPE, QK-norm, SwiGLU or mixture of experts), or the classic one
-of 2017, learns to predict the next token of documents packed whole into rows, none seeing its neighbour.
+A decoder-only transformer (grouped-query attention, RoPE, QK-norm, SwiGLU or mixture of experts), or the
+classic one of 2017, learns to predict the next token of documents packed whole into rows, none seeing its
+neighbour.
 
-    python train_pretrain.py                                         Python's own documentation, 5 minutes on 2 cores
-    python train_pretrain.py DATA=my.jsonl.gz OUT=out/mine           rows {"text": ...}, or a .txt
-    torchrun --nproc_per_node 4 train_pretrain.py DATA=my.jsonl.gz DIM=512 N_LAYERS=8 N_KV_HEADS=2 STEPS=20000
-    python train_pretrain.py EVAL=unseen.jsonl.gz OUT=out/mine       bits per byte of the best checkpoint
-    python serve.py PROMPT="The module"                              talk to it
+    python train_pretrain.py                                      Python's own documentation, 5 minutes
+    python train_pretrain.py DATA=my.jsonl.gz OUT=out/mine        rows {"text": ...}, or a .txt
+    torchrun --nproc_per_node 4 train_pretrain.py DATA=my.jsonl.gz DIM=512 N_LAYERS=8 N_HEADS=8 STEPS=20000
+    python train_pretrain.py EVAL=unseen.jsonl.gz OUT=out/mine    bits per byte of the best checkpoint
+    python serve.py PROMPT="The module"                           talk to it
 """
 
 import json
@@ -22,13 +23,13 @@ import common
 from data import prepare_python_docs, prepare_text
 
 # Data
-DATA = ""             # .jsonl, .jsonl.gz, .txt, .txt.gz, or data/prepare_text.py's folder; "" = Python's documentation
+DATA = ""             # .jsonl(.gz), .txt(.gz), or prepare_text.py's folder; "" = Python's documentation
 VALID = ""            # a file of held-out text; "" = a share of DATA
 VALID_SHARE = 0.01    # share of DATA's documents held out when VALID is empty, chosen by a hash of their text
 TOKENIZER = ""        # tokenizer.json; "" = one trained on DATA at first use (or INIT's)
-VOCAB_SIZE = 6_400    # tokens of a tokenizer trained here; small, so that a small model is not mostly embedding
+VOCAB_SIZE = 6_400  # tokens of a tokenizer trained here; small, so that a small model is not mostly embedding
 SEQ_LEN = 512         # tokens a row, and the model's context
-STRIDE = 0            # tokens; 0 = documents packed whole; else windows of SEQ_LEN that begin every STRIDE tokens
+STRIDE = 0  # tokens; 0 = documents packed whole; else windows of SEQ_LEN that begin every STRIDE tokens
 
 # Model: presets of MiniMind's sizes are
 #   26M   DIM=512 N_LAYERS=8 N_HEADS=8 N_KV_HEADS=2
@@ -67,7 +68,7 @@ MAX_BAD_STEPS = 10    # updates in a row whose loss or gradient is not finite be
 
 # Run
 SEED = 0
-DTYPE = "auto"        # bfloat16 where the device has it and it is faster, else float32; float16 comes with a scaler
+DTYPE = "auto"  # bfloat16 where the device has it and it is faster, else float32; float16 comes with a scaler
 COMPILE = "auto"      # "yes", "no"; "auto" = from 200 updates on, where there is a C++ compiler
 OUT = "out/pretrain"
 INIT = ""             # folder of a checkpoint whose weights, sizes and tokenizer to start from
@@ -79,7 +80,7 @@ SAVE_EVERY = 100      # updates; 0 = at the end only
 SAMPLE_EVERY = 200    # updates; 0 = never
 SAMPLE_PROMPT = ""    # how the samples begin
 WANDB = "disabled"    # "offline", "online"
-NIGHT = ""            # "22:00-07:00": half the threads, GPU memory and micro-batch in those hours; same updates
+NIGHT = ""  # "22:00-07:00": half the threads, GPU memory and micro-batch in those hours; same updates
 EVAL = ""             # a file to score with the best checkpoint in OUT instead of training
 
 
@@ -90,14 +91,17 @@ class Rows:
         self.tokens = np.memmap(folder / f"{split}.bin", np.uint16, "r")
         bounds = np.load(folder / f"{split}.idx.npy")
         if len(self.tokens) != bounds[-1]:
-            raise common.BadInput(f"{folder} is damaged ({len(self.tokens)} tokens, {bounds[-1]} expected); remove it")
+            raise common.BadInput(f"{folder} is damaged ({len(self.tokens)} tokens, {bounds[-1]} expected); "
+                                  "remove it")
         self.seq_len, self.stride, self.epoch = seq_len, stride, None
         if stride:
             last = len(self.tokens) - seq_len - 1
             if last < 0:
-                raise common.BadInput(f"SEQ_LEN {seq_len} is longer than all of the {len(self.tokens)} tokens of {split}")
+                raise common.BadInput(
+                    f"SEQ_LEN {seq_len} is longer than all of the {len(self.tokens)} tokens of {split}"
+                )
             self.starts = np.unique(np.append(np.arange(0, last, stride), last))
-        else:  # n tokens make n - 1 predictions; a document longer than a row is cut, each token predicted once
+        else:  # n tokens make n - 1 predictions; a document longer than a row is cut, nothing lost or twice
             predictions = np.diff(bounds) - 1
             pieces = -(-predictions // seq_len)
             inside = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
@@ -142,12 +146,13 @@ def text_files(run, path, **options):
 
 def make_model(vocab_size):
     if MODEL == "classic":
-        return common.Classic(vocab_size, DIM or 768, N_LAYERS or 12, N_HEADS or 12, HIDDEN_DIM or 3072, SEQ_LEN, DROPOUT)
+        return common.Classic(vocab_size, DIM or 768, N_LAYERS or 12, N_HEADS or 12, HIDDEN_DIM or 3072,
+                              SEQ_LEN, DROPOUT)
     if MODEL != "lm":
         raise common.BadInput(f"MODEL {MODEL!r} is neither lm nor classic")
-    return common.LM(vocab_size, DIM or 256, N_LAYERS or 6, N_HEADS or 4, N_KV_HEADS, HEAD_DIM, HIDDEN_DIM, SEQ_LEN, THETA,
-                     tied=TIED, qk_norm=QK_NORM, dropout=DROPOUT, n_experts=N_EXPERTS, n_active=N_ACTIVE,
-                     n_shared=N_SHARED)
+    return common.LM(vocab_size, DIM or 256, N_LAYERS or 6, N_HEADS or 4, N_KV_HEADS, HEAD_DIM, HIDDEN_DIM,
+                     SEQ_LEN, THETA, tied=TIED, qk_norm=QK_NORM, dropout=DROPOUT, n_experts=N_EXPERTS,
+                     n_active=N_ACTIVE, n_shared=N_SHARED)
 
 
 def make_optimizers(model):
@@ -159,9 +164,12 @@ def make_optimizers(model):
     vectors = {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}
     tables = {"params": [p for p in rest if p.ndim >= 2], "weight_decay": WEIGHT_DECAY}
     if OPTIMIZER == "adamw":
-        made = [torch.optim.AdamW([{"params": inner, "weight_decay": WEIGHT_DECAY}, tables, vectors], **adamw)]
+        made = [
+            torch.optim.AdamW([{"params": inner, "weight_decay": WEIGHT_DECAY}, tables, vectors], **adamw)
+        ]
     elif OPTIMIZER == "muon":
-        made = [torch.optim.Muon(inner, lr=MUON_LR, weight_decay=WEIGHT_DECAY), torch.optim.AdamW([tables, vectors], **adamw)]
+        made = [torch.optim.Muon(inner, lr=MUON_LR, weight_decay=WEIGHT_DECAY),
+                torch.optim.AdamW([tables, vectors], **adamw)]
     else:
         raise common.BadInput(f"OPTIMIZER {OPTIMIZER!r} is neither muon nor adamw")
     common.owned_once(model, made)
@@ -174,7 +182,7 @@ def make_optimizers(model):
 def wants_compile(model):
     if COMPILE not in ("auto", "yes", "no"):
         raise common.BadInput(f"COMPILE {COMPILE!r} is not one of auto, yes, no")
-    fits = isinstance(model, common.LM) and not model.sizes["n_experts"]  # experts' shares change with every batch
+    fits = isinstance(model, common.LM) and not model.sizes["n_experts"]  # experts' shares always change
     return fits and (COMPILE == "yes" or COMPILE == "auto" and STEPS >= 200 and bool(shutil.which("g++")))
 
 
@@ -202,7 +210,8 @@ def sample(model, tokenizer, table, step):
     prompt = [common.BOS, *common.encode(tokenizer, SAMPLE_PROMPT)]
     texts = ["", "", ""]
     length = min(96, model.context - len(prompt))
-    for row, piece in common.stream(model, table, [prompt] * 3, length, temperature=0.8, seeds=[step, step + 1, step + 2]):
+    seeds = [step, step + 1, step + 2]
+    for row, piece in common.stream(model, table, [prompt] * 3, length, temperature=0.8, seeds=seeds):
         texts[row] += piece
     model.train()
     return [SAMPLE_PROMPT + text for text in texts]
@@ -218,8 +227,10 @@ def score():
     found = evaluate(run, model, Rows(folder, "valid", model.sizes["seq_len"]), table)
     found["bad_rows"] = json.loads((folder / "meta.json").read_text())["bad_rows"]
     if run.first:
-        common.write_whole(Path(OUT) / "eval.json", lambda file: file.write(json.dumps(found, indent=1).encode()))
-    run.say(f"{EVAL}: " + "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items()))
+        common.write_whole(
+            Path(OUT) / "eval.json", lambda file: file.write(json.dumps(found, indent=1).encode())
+        )
+    run.say(f"{EVAL}: " + common.line_of(None, found))
     common.stop(run)
     return found
 
@@ -228,16 +239,22 @@ def main():
     if EVAL:
         return score()
     run = common.start(SEED, DTYPE)
-    common.divisible(MICRO_BATCH=(MICRO_BATCH, 1), STEPS=(STEPS, 1), BATCH=(BATCH, run.world), SEQ_LEN=(SEQ_LEN, 1))
+    common.divisible(
+        MICRO_BATCH=(MICRO_BATCH, 1), STEPS=(STEPS, 1), BATCH=(BATCH, run.world), SEQ_LEN=(SEQ_LEN, 1)
+    )
     common.in_window(NIGHT)
     init = common.load(common.newest_checkpoint(INIT)) if INIT else None
 
-    path, options = DATA, dict(tokenizer=TOKENIZER, vocab_size=VOCAB_SIZE, share=0.0 if VALID else VALID_SHARE)
+    path, options = (
+        DATA,
+        dict(tokenizer=TOKENIZER, vocab_size=VOCAB_SIZE, share=0.0 if VALID else VALID_SHARE),
+    )
     if INIT:
         options["tokenizer"] = Path(common.newest_checkpoint(INIT)).parent / "tokenizer.json"
     if not path:
         if run.local_rank == 0:
-            run.say("DATA is empty: using Python's own documentation; for your text: DATA=my.jsonl.gz (data/README.md)")
+            run.say("DATA is empty: using Python's own documentation; for your text: DATA=my.jsonl.gz "
+                    "(data/README.md)")
             prepare_python_docs.main()
         run.wait()
         path = Path(__file__).parent / "data" / "python_docs" / "pretrain.jsonl"
@@ -250,7 +267,9 @@ def main():
 
     model = (common.build(init, seq_len=SEQ_LEN) if init else make_model(len(table))).to(run.device)
     if model.sizes["vocab_size"] != len(table):
-        raise common.BadInput(f"INIT {INIT} has {model.sizes['vocab_size']} tokens, its tokenizer {len(table)}")
+        raise common.BadInput(
+            f"INIT {INIT} has {model.sizes['vocab_size']} tokens, its tokenizer {len(table)}"
+        )
     optimizers = make_optimizers(model)
     constants = common.literals(globals())
     fingerprint = f"{meta['fingerprint']} {json.loads((held / 'meta.json').read_text())['fingerprint']}"
@@ -268,8 +287,8 @@ def main():
     net = run.wrap(model)  # model: saved, evaluated, sampled; net: called by the loss only
     record = common.Record(run, OUT, STEPS, first, WANDB, constants, state)
     parameters = sum(p.numel() for p in model.parameters())
-    record.show(f"{parameters / 1e6:.1f}M parameters, {meta['train']['tokens'] / 1e6:.2f}M tokens in {train.count} rows, "
-                f"{run.world} × {run.device} {str(run.dtype)[6:]}; {OUT}")
+    record.show(f"{parameters / 1e6:.1f}M parameters, {meta['train']['tokens'] / 1e6:.2f}M tokens in "
+                f"{train.count} rows, {run.world} × {run.device} {str(run.dtype)[6:]}; {OUT}")
 
     def loss_of(batch):
         ids, targets, docs = batch
@@ -296,14 +315,16 @@ def main():
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * common.lr_scale(step, STEPS, WARMUP, FLOOR, SCHEDULE)
-        done = common.update(run, net, optimizers, list(train.batches(rows, micro, run.device)), loss_of, CLIP, step)
+        batches = list(train.batches(rows, micro, run.device))
+        done = common.update(run, net, optimizers, batches, loss_of, CLIP, step)
 
         step, positions = step + 1, positions + done.count
         state["bad"] = 0 if done.applied else state["bad"] + 1
         if state["bad"] >= MAX_BAD_STEPS:
-            raise common.BadInput(f"loss or gradient of {state['bad']} updates in a row was not finite (loss {done.loss}, "
-                                  f"gradient norm {done.grad_norm}); lower LR {LR} or MUON_LR {MUON_LR}, or look at rows "
-                                  f"{rows[0]}-{rows[-1]}, which begin: {tokenizer.decode(train.documents(rows[0])[0][0][:40])!r}")
+            begins = tokenizer.decode(train.documents(rows[0])[0][0][:40].tolist())
+            raise common.BadInput(f"loss or gradient of {state['bad']} updates in a row was not finite (loss "
+                                  f"{done.loss}, gradient norm {done.grad_norm}); lower LR {LR} or MUON_LR "
+                                  f"{MUON_LR}, or look at rows {rows[0]}-{rows[-1]}, which begin {begins!r}")
         if LOG_EVERY and step % LOG_EVERY == 0 or not done.applied:
             record.progress(step, positions, "tokens", loss=done.loss, grad_norm=done.grad_norm,
                             lr=optimizers[0].param_groups[0]["lr"])
@@ -334,7 +355,8 @@ def main():
     record.close()
     if run.first:
         common.plot_curves(OUT, ["loss", "valid_nats_per_token"], ["valid_bits_per_byte"])
-    run.say(f"done: {OUT}/best.pt, model.safetensors, curves.png; try: python serve.py CHECKPOINT={OUT} PROMPT=\"...\"")
+    run.say(f"done: {OUT}/best.pt, model.safetensors, curves.png; try: "
+            f'python serve.py CHECKPOINT={OUT} PROMPT="..."')
     common.stop(run)
     return metrics
 

@@ -1,9 +1,10 @@
 """Turn text into token files that `train_pretrain.py` maps into memory.
 
-Reads JSONL rows {"text": ...} (.jsonl, .jsonl.gz, or .txt with such rows) or plain .txt / .txt.gz, where documents
-are blank-line-separated paragraphs joined up to TXT_CHARS. Writes a folder with train.bin and valid.bin (uint16,
-each document `<s> ... </s>`), train.idx.npy and valid.idx.npy (where each begins), the tokenizer, bad_rows.txt and
-meta.json with a fingerprint of source and tokenizer. Streams: memory does not grow with the file.
+Reads JSONL rows {"text": ...} (.jsonl, .jsonl.gz, or .txt with such rows) or plain .txt / .txt.gz, where
+documents are blank-line-separated paragraphs joined up to TXT_CHARS. Writes a folder with train.bin and
+valid.bin (uint16, each document `<s> ... </s>`), train.idx.npy and valid.idx.npy (where each begins), the
+tokenizer, bad_rows.txt and meta.json with a fingerprint of source and tokenizer. Streams: memory does not
+grow with the file.
 
     python data/prepare_text.py DATA=my.jsonl.gz                          trains a tokenizer on it too
     python data/prepare_text.py DATA=my.jsonl.gz TOKENIZER=data/tokenizer.json
@@ -79,7 +80,9 @@ def documents(path, bad, progress=None, digest=None, txt_chars=TXT_CHARS):
                 return
             is_json = ".jsonl" in path.name or first[1].lstrip().startswith((b'{"text"', b'{ "text"'))
             rows = chain_one(first, rows)
-            yield from json_documents(path, rows, bad) if is_json else plain_documents(path, rows, bad, txt_chars)
+            yield from (
+                json_documents(path, rows, bad) if is_json else plain_documents(path, rows, bad, txt_chars)
+            )
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise common.BadInput(f"{path} is damaged or cut short ({error}); fetch it again") from None
         except OSError as error:
@@ -166,11 +169,15 @@ def prepare(path, tokenizer="", vocab_size=6_400, share=0.01, out="", txt_chars=
     if (path / "meta.json").is_file():
         return path
     if not path.is_file():
-        raise common.BadInput(f"there is no file {path}; DATA names a .jsonl, .jsonl.gz, .txt or .txt.gz file")
+        raise common.BadInput(
+            f"there is no file {path}; DATA names a .jsonl, .jsonl.gz, .txt or .txt.gz file"
+        )
     if not 0 <= share <= 1:
         raise common.BadInput(f"VALID_SHARE {share} must be between 0 and 1")
     if not tokenizer and not 259 <= vocab_size <= 65_535:
-        raise common.BadInput(f"VOCAB_SIZE {vocab_size} must be between 259 and 65,535 (token files are uint16)")
+        raise common.BadInput(
+            f"VOCAB_SIZE {vocab_size} must be between 259 and 65,535 (token files are uint16)"
+        )
     stat = path.stat()
     if stat.st_size == 0:
         raise common.BadInput(f"{path} is empty")
@@ -184,12 +191,16 @@ def prepare(path, tokenizer="", vocab_size=6_400, share=0.01, out="", txt_chars=
     if (folder / "meta.json").exists():
         if json.loads((folder / "meta.json").read_text())["key"] == key:
             return folder
-        raise common.BadInput(f"{folder} holds token files of something else; choose another OUT or remove it")
+        raise common.BadInput(
+            f"{folder} holds token files of something else; choose another OUT or remove it"
+        )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         return tokenize(path, folder, key, tokenizer, vocab_size, share, txt_chars)
     except OSError as error:
-        raise common.BadInput(f"cannot write token files to {folder} ({error.strerror}); make room, or choose OUT") from error
+        raise common.BadInput(
+            f"cannot write token files to {folder} ({error.strerror}); make room, or choose OUT"
+        ) from error
 
 
 def tokenize(path, folder, key, tokenizer, vocab_size, share, txt_chars):
@@ -210,7 +221,11 @@ def tokenize(path, folder, key, tokenizer, vocab_size, share, txt_chars):
         else:
             from data import prepare_tokenizer
             print(f"{path}: training a tokenizer of {vocab_size} tokens", flush=True)
-            texts = (text for text, _ in documents(path, BadRows(), txt_chars=txt_chars) if not held_out(text, share))
+            texts = (
+                text
+                for text, _ in documents(path, BadRows(), txt_chars=txt_chars)
+                if not held_out(text, share)
+            )
             prepare_tokenizer.train(prepare_tokenizer.first_of(texts), tmp / "tokenizer.json", vocab_size)
         meta = write_tokens(path, tmp, common.load_tokenizer(tmp / "tokenizer.json"), share, txt_chars)
         meta = {"key": key, **meta, "source": str(path), "format": FORMAT}
@@ -230,9 +245,15 @@ def write_tokens(path, folder, tokenizer, share, txt_chars):
     from tqdm import tqdm
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     bad, digest, batches = BadRows(), hashlib.blake2b(digest_size=8), queue.Queue(4)
-    bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc="tokenizing", disable=not sys.stderr.isatty())
+    bar = tqdm(
+        total=path.stat().st_size,
+        unit="B",
+        unit_scale=True,
+        desc="tokenizing",
+        disable=not sys.stderr.isatty(),
+    )
 
-    def read():  # reading and JSON in this thread, while the tokenizer works in the other without the interpreter lock
+    def read():  # files and JSON in this thread; the tokenizer works in the other, without Python's lock
         try:
             batch, size = [], 0
             for text, _ in documents(path, bad, lambda at: bar.update(at - bar.n), digest, txt_chars):
@@ -253,7 +274,9 @@ def write_tokens(path, folder, tokenizer, share, txt_chars):
     while (batch := batches.get()) is not None:
         if isinstance(batch, BaseException):
             raise batch
-        for text, encoded in zip(batch, tokenizer.encode_batch_fast(batch, add_special_tokens=False), strict=True):
+        for text, encoded in zip(
+            batch, tokenizer.encode_batch_fast(batch, add_special_tokens=False), strict=True
+        ):
             name = "valid" if held_out(text, share) else "train"
             ids = np.array([common.BOS, *encoded.ids, common.EOS], np.uint16)
             files[name].write(ids.tobytes())
@@ -267,20 +290,37 @@ def write_tokens(path, folder, tokenizer, share, txt_chars):
     (folder / "bad_rows.txt").write_text("\n".join(bad.named) + "\n" if bad.named else "")
     bad.report(folder if count else None)
     if not count:
-        raise common.BadInput(f"{path} has no usable document; first problem: {(bad.named or ['no text in it'])[0]}")
+        raise common.BadInput(
+            f"{path} has no usable document; first problem: {(bad.named or ['no text in it'])[0]}"
+        )
     if 0 < share < 1:
         top_up_valid(folder, lengths, bytes_of)
         if not lengths["train"] or not lengths["valid"]:
-            raise common.BadInput(f"{path} has {count} usable document: too few to hold one out; name a VALID file")
+            raise common.BadInput(
+                f"{path} has {count} usable document: too few to hold one out; name a VALID file"
+            )
     for name in lengths:
-        np.save(folder / f"{name}.idx.npy", np.append(0, np.cumsum(lengths[name], dtype=np.int64)).astype(np.int64))
+        np.save(
+            folder / f"{name}.idx.npy",
+            np.append(0, np.cumsum(lengths[name], dtype=np.int64)).astype(np.int64),
+        )
     for name in (*(f"{n}.bin" for n in lengths), *(f"{n}.idx.npy" for n in lengths)):
         with open(folder / name, "rb") as file:
             os.fsync(file.fileno())
     fingerprint = f"{digest.hexdigest()}-{hash_file(folder / 'tokenizer.json')}-{share}"
-    return {"fingerprint": fingerprint, "bad_rows": bad.count, "vocab_size": tokenizer.get_vocab_size(),
-            **{name: {"documents": len(lengths[name]), "tokens": sum(lengths[name]), "bytes": sum(bytes_of[name])}
-               for name in lengths}}
+    return {
+        "fingerprint": fingerprint,
+        "bad_rows": bad.count,
+        "vocab_size": tokenizer.get_vocab_size(),
+        **{
+            name: {
+                "documents": len(lengths[name]),
+                "tokens": sum(lengths[name]),
+                "bytes": sum(bytes_of[name]),
+            }
+            for name in lengths
+        },
+    }
 
 
 def top_up_valid(folder, lengths, bytes_of):

@@ -1,7 +1,8 @@
 """Train a byte-level BPE tokenizer on the text that it is for.
 
-Writes OUT (tokenizer.json, for `tokenizers`) and tokenizer_config.json beside it (for `transformers`, with the chat
-template `<s>role\\ncontent</s>\\n` in Jinja). Ids 0, 1, 2 are <pad>, <s>, </s>. Any bytes can be encoded.
+Writes OUT (tokenizer.json, for `tokenizers`) and tokenizer_config.json beside it (for `transformers`, with
+the chat template `<s>role\\ncontent</s>\\n` in Jinja). Ids 0, 1, 2 are <pad>, <s>, </s>. Any bytes can be
+encoded.
 
     python data/prepare_tokenizer.py DATA=my.jsonl.gz OUT=data/tokenizer.json
     python data/prepare_tokenizer.py DATA=a.jsonl,b.txt VOCAB_SIZE=12000
@@ -36,8 +37,10 @@ def train(texts, out, vocab_size):
     """Train on `texts`, write `out` and tokenizer_config.json beside it, return the Tokenizer."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     if not 259 <= vocab_size <= 65_535:
-        raise common.BadInput(f"VOCAB_SIZE {vocab_size} must be between 259 (every byte and three special tokens) "
-                              "and 65,535 (token files are uint16)")
+        raise common.BadInput(
+            f"VOCAB_SIZE {vocab_size} must be between 259 (every byte and three special tokens) "
+            "and 65,535 (token files are uint16)"
+        )
     tokenizer = Tokenizer(models.BPE())
     # A newline is always a token of its own, so that text splits the same before and after a chat header.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -62,7 +65,9 @@ def train(texts, out, vocab_size):
 def main():
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if not DATA:
-        raise common.BadInput("DATA is empty; name the text: python data/prepare_tokenizer.py DATA=my.jsonl.gz")
+        raise common.BadInput(
+            "DATA is empty; name the text: python data/prepare_tokenizer.py DATA=my.jsonl.gz"
+        )
     bad = prepare_text.BadRows()
     texts = (text for path in DATA.split(",") for text, _ in prepare_text.documents(path, bad))
     tokenizer = train(first_of(texts), OUT, VOCAB_SIZE)
