@@ -13,7 +13,6 @@ import contextlib
 import datetime
 import json
 import math
-import os
 import platform
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from data import prepare_python_docs, prepare_text
 
 DATA = ""            # text whose document lengths are used; "" = Python's documentation
 REPEAT = 5           # timings of each; the fastest counts
-MINUTES = 2.0        # of training per model and seed in `learn`
+MINUTES = 1.0        # of training per model and seed in `learn`
 SEEDS = 3            # seeds in `learn`
 COMPILE = True       # compile our layers where a C++ compiler is there
 LENGTH = 512         # tokens a row
@@ -117,8 +116,8 @@ def row(work, baseline, ours, unit, ratio=None, **more):
             "ratio": ratio if ratio is not None else (ours / baseline if baseline else None), **more}
 
 
-def our_model(vocab_size=6400, compile=True, **changes):
-    torch.manual_seed(0)
+def our_model(vocab_size=6400, compile=True, seed=0, **changes):
+    torch.manual_seed(seed)
     model = common.LM(vocab_size, **{**BIG, "seq_len": LENGTH, **changes})
     if compile and COMPILE:
         for layer in model.layers:
@@ -175,7 +174,7 @@ def packed_and_padded(rows):
     packed = next(iter(data.batches(list(range(rows)), rows, "cpu")))
     bounds = np.load(text_folder() / "train.idx.npy")
     by_length = np.argsort(np.diff(bounds))
-    even = ((np.arange(rows) + 0.5) / rows * len(by_length)).astype(int)  # every part of the distribution alike
+    even = ((np.arange(rows) + 0.5) / rows * len(by_length)).astype(int)  # each part of the distribution
     padded = [[(data.tokens[bounds[d]:min(bounds[d + 1], bounds[d] + LENGTH + 1)],)]
               for d in by_length[even]]
     return packed, common.collate(padded, LENGTH)
@@ -244,23 +243,13 @@ def train():
         )
     )
     packed, padded = packed_and_padded(4 * ROWS)
-    useful = [int((b[1] != common.IGNORE).sum()) for b in (padded, packed)]
-    (ids, targets, docs), (ids2, targets2, docs2) = padded, packed
-    base, ours = fastest(
-        max(2, REPEAT // 2),
-        twin_trainer(twin, (ids, docs, targets)),
-        trainer(run, works["compiled Muon"][0], muon(works["compiled Muon"][0]), (ids2, docs2, targets2)),
-    )
-    name = Path(DATA or "Python documentation").name
-    rows.append(
-        row(
-            f"useful tokens on {name}, {4 * ROWS} rows, packed ({useful[1] / targets2.numel():.0%} full) against "
-            f"padded (full {useful[0] / targets.numel():.0%})",
-            useful[0] / base,
-            useful[1] / ours,
-            "tokens/s",
-        )
-    )
+    useful = [int((b[2] != common.IGNORE).sum()) for b in (padded, packed)]
+    model = works["compiled Muon"][0]
+    works = twin_trainer(twin, padded), trainer(run, model, muon(model), packed)
+    base, ours = fastest(max(2, REPEAT // 2), *works)
+    name, slots = Path(DATA or "Python documentation").name, packed[2].numel()
+    rows.append(row(f"useful tokens of {name}, {4 * ROWS} rows, packed ({useful[1] / slots:.0%} full) against "
+                    f"padded ({useful[0] / slots:.0%})", useful[0] / base, useful[1] / ours, "tokens/s"))
     common.stop(run)
     return rows
 
@@ -385,7 +374,7 @@ def generate():
             pass
     plain = our_model(compile=False)
     weights = sum(p.numel() * p.element_size() for p in fast.parameters())
-    alone, new, few = None, 128, 24  # the uncached loop is slow: its first tokens, the cheapest, stand for all
+    alone, new, few = None, 128, 24  # the uncached loop is slow: its cheapest tokens stand for all
     for batch in (1, 8):
         uncached, = fastest(1, lambda b=batch: our_way(plain, b, 24, False))
         base, mine = fastest(REPEAT, lambda b=batch: growing(b, 128), lambda b=batch: our_way(fast, b, 128))
@@ -409,77 +398,64 @@ def generate():
 
 
 def learn():
-    """Equal wall-clock time on the same text, from scratch: bits per byte on held-out documents, SEEDS
-    seeds."""
+    """Equal wall-clock time on the same text, from scratch: held-out bits per byte, SEEDS seeds."""
     folder = text_folder()
-    table = common.token_bytes(common.load_tokenizer(folder / "tokenizer.json"))
-    valid = train_pretrain.Rows(folder, "valid", LENGTH)
-    sizes = dict(dim=256, n_layers=6, n_heads=4, n_kv_heads=2, seq_len=LENGTH)
-    results = {"twin": [], "adamw": [], "muon": []}
+    results = {kind: [] for kind in ("twin", "adamw", "muon")}
     for seed in range(SEEDS):
-        for kind in results:
-            train_pretrain.SEED, train_pretrain.OPTIMIZER = seed, "adamw" if kind == "adamw" else "muon"
-            run = common.start(seed, "float32" if kind == "twin" else "auto")
-            model = Twin(len(table), **sizes) if kind == "twin" else our_model(len(table), **sizes)
-            if kind == "twin":  # its best plain recipe in a quick search: AdamW 3e-3 with warm-up
-                optimizers = [torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))]
-                optimizers[0].param_groups[0]["peak"] = 3e-3
-            else:
-                optimizers = muon(model)
-            data = train_pretrain.Rows(folder, "train", LENGTH)
-            lengths = np.diff(np.load(folder / "train.idx.npy"))
-            bounds = np.append(0, np.cumsum(lengths))
-            order = np.random.default_rng(seed).permutation(len(lengths))
-            spent, step, budget, seen = 0.0, 0, 60 * MINUTES, 0
-            if kind != "twin":  # compile before the clock starts; `startup` says what that costs
-                trainer(
-                    run,
-                    model,
-                    [torch.optim.SGD(model.parameters(), lr=0.0)],
-                    next(data.batches(range(8), 8, "cpu")),
-                )()
-            while spent < budget:
-                begin = time.perf_counter()
-                for optimizer in optimizers:
-                    for group in optimizer.param_groups:
-                        group["lr"] = group["peak"] * common.lr_scale(int(1000 * spent / budget), 1000, 50)
-                if kind == "twin":
-                    chosen = [order[(16 * step + i) % len(order)] for i in range(16)]
-                    rows_ = [
-                        [(data.tokens[bounds[d] : min(bounds[d + 1], bounds[d] + LENGTH + 1)],)]
-                        for d in chosen
-                    ]
-                    ids, targets, docs = common.collate(rows_, LENGTH)
-                    loss, count, _ = model(ids, docs, targets)
-                    loss.backward()
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                    optimizers[0].step()
-                    optimizers[0].zero_grad()
-                    seen += int(count)
-                else:
-                    rows_ = list(range(16 * step, 16 * step + 16))
-                    done = common.update(run, model, optimizers, list(data.batches(rows_, 8, "cpu")),
-                                         lambda b, model=model: model(*b)[:2], 1.0, step)
-                    seen += int(done.count)
-                step += 1
-                spent += time.perf_counter() - begin
-            bits = evaluate_plain(model, valid, table, run)
-            results[kind].append(bits)
-            print(f"seed {seed} {kind}: {step} updates, {seen} tokens, {bits:.4f} bits per byte", flush=True)
-            common.stop(run)
+        for kind, found in results.items():
+            found.append(learn_one(folder, kind, seed))
     mean = {kind: float(np.mean(bits)) for kind, bits in results.items()}
     name = Path(DATA or "Python documentation").name
-    return [
-        row(
-            f"bits per byte after {MINUTES:g} minutes on {name}, muon against {kind}",
-            mean[kind],
-            mean["muon"],
-            "bits/byte",
-            mean[kind] / mean["muon"],
-            seeds={k: results[k] for k in (kind, "muon")},
-        )
-        for kind in ("twin", "adamw")
-    ]
+    work = f"bits per byte, {MINUTES:g} minutes of {name}, muon against"
+    spread = {kind: float(np.ptp(bits)) for kind, bits in results.items()}
+    return [row(f"{work} {kind}", mean[kind], mean["muon"], "bits/byte", mean[kind] / mean["muon"],
+                spread_baseline=spread[kind], spread=spread["muon"]) for kind in ("twin", "adamw")]
+
+
+def learn_one(folder, kind, seed):
+    """Bits per byte of 6M parameters after MINUTES; "twin" is the plain way with AdamW at 3e-3."""
+    train_pretrain.SEED, train_pretrain.OPTIMIZER = seed, "adamw" if kind == "adamw" else "muon"
+    run = common.start(seed, "float32" if kind == "twin" else "auto")
+    table = common.token_bytes(common.load_tokenizer(folder / "tokenizer.json"))
+    sizes = dict(dim=256, n_layers=6, n_heads=4, n_kv_heads=2, seq_len=LENGTH)
+    data = train_pretrain.Rows(folder, "train", LENGTH)
+    if kind == "twin":
+        model, bounds = Twin(len(table), **sizes), np.load(folder / "train.idx.npy")
+        order = np.random.default_rng(seed).permutation(len(bounds) - 1)
+        optimizers = [torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))]
+        optimizers[0].param_groups[0]["peak"] = 3e-3
+    else:
+        model = our_model(len(table), seed=seed, **sizes)
+        optimizers = muon(model)
+        still = [torch.optim.SGD(model.parameters(), lr=0.0)]  # compile before the clock starts
+        trainer(run, model, still, next(data.batches(range(8), 8, "cpu")))()
+    spent, step, seen = 0.0, 0, 0
+    while spent < 60 * MINUTES:
+        begin = time.perf_counter()
+        for group in (g for o in optimizers for g in o.param_groups):
+            group["lr"] = group["peak"] * common.lr_scale(int(1000 * spent / 60 / MINUTES), 1000, 50)
+        if kind == "twin":
+            chosen = order[np.arange(16 * step, 16 * step + 16) % len(order)]
+            seen += padded_update(model, optimizers[0], data.tokens, bounds, chosen)
+        else:
+            batches = list(data.batches(range(16 * step, 16 * step + 16), 8, "cpu"))
+            seen += common.update(run, model, optimizers, batches, lambda b: model(*b)[:2], 1.0, step).count
+        step, spent = step + 1, spent + time.perf_counter() - begin
+    bits = evaluate_plain(model, train_pretrain.Rows(folder, "valid", LENGTH), table, run)
+    print(f"seed {seed} {kind}: {step} updates, {seen:.0f} tokens, {bits:.4f} bits per byte", flush=True)
+    common.stop(run)
+    return bits
+
+
+def padded_update(model, optimizer, tokens, bounds, chosen):
+    """One update on the chosen documents, each padded or cut to LENGTH; returns the useful tokens."""
+    rows = [[(tokens[bounds[d]:min(bounds[d + 1], bounds[d] + LENGTH + 1)],)] for d in chosen]
+    loss, count, _ = model(*common.collate(rows, LENGTH))
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return int(count)
 
 
 @torch.no_grad()
@@ -487,27 +463,25 @@ def evaluate_plain(model, valid, table, run):
     model.eval()
     nats = size = 0
     lengths = torch.tensor([len(b) for b in table])
-    for ids, targets, docs in valid.batches(range(valid.count), 8, "cpu"):
+    for ids, docs, targets in valid.batches(range(min(64, valid.count)), 8, "cpu"):
         with run.autocast():
             if isinstance(model, Twin):  # one document a row, as it was trained: cut the packed rows up again
-                ids, targets, docs = unpacked(ids, targets, docs)
+                ids, docs, targets = unpacked(ids, docs, targets)
             loss, count, _ = model(ids, docs, targets)
         nats += float(loss) * (int(count) if isinstance(model, Twin) else 1)
         size += int(lengths[targets[targets != common.IGNORE]].sum())
     return nats / math.log(2) / size
 
 
-def unpacked(ids, targets, docs):
+def unpacked(ids, docs, targets):
     """The documents of packed rows, one a row."""
-    rows = [
-        (i[d == n], t[d == n])
-        for i, t, d in zip(ids, targets, docs, strict=True)
-        for n in range(int(d.max()) + 1)
-    ]
-    out = ids.new_zeros(len(rows), LENGTH), ids.new_full((len(rows), LENGTH), common.IGNORE)
+    rows = [(i[d == n], t[d == n]) for i, d, t in zip(ids, docs, targets, strict=True)
+            for n in range(int(d.max()) + 1)]
+    longest = max(len(i) for i, _ in rows)
+    out, answers = ids.new_zeros(len(rows), longest), ids.new_full((len(rows), longest), common.IGNORE)
     for r, (i, t) in enumerate(rows):
-        out[0][r, :len(i)], out[1][r, :len(t)] = i, t
-    return *out, torch.zeros_like(out[0])
+        out[r, :len(i)], answers[r, :len(t)] = i, t
+    return out, torch.zeros_like(out), answers
 
 
 BENCHMARKS = (limits, train, memory, tokenize, startup, generate, learn)
@@ -529,28 +503,18 @@ def main():
         print("  ".join([r["work"].ljust(width), *(show(r.get(k)).rjust(12) for k in keys)]))
     out = Path("out/bench")
     out.mkdir(parents=True, exist_ok=True)
-    about = {
-        "rows": rows,
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{platform.machine()} {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
-        "versions": {
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
-        "date": datetime.date.today().isoformat(),
-    }
+    device = f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    versions = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
+    about = {"rows": rows, "device": device, "versions": versions, "date": datetime.date.today().isoformat()}
     common.write_whole(out / f"{name}.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
     print(f"written to {out}/{name}.json ({about['device']}, {about['date']})")
     return rows
 
 
 if __name__ == "__main__":
-    words, sys.argv[1:] = sys.argv[1:], sys.argv[1:2]
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        sys.argv[1:] = words
         main()
     except common.BadInput as error:
         raise SystemExit(f"error: bench.py: {error}") from None

@@ -567,6 +567,8 @@ def resume(run: Run, out: str | Path, constants: dict, again: bool, fingerprint:
         try:
             out.mkdir(parents=True, exist_ok=True)
             lock(run, out)
+            for half in out.glob("*.tmp"):  # of a process that was killed while saving
+                half.unlink()
             found = load_newest(out) if again else None
             shape = {k: v for k, v in constants.items() if k not in FREE}
             if found and "constants" not in found:
@@ -868,7 +870,7 @@ class Documents:
     so that cost and memory follow the documents' lengths, not T²; on CUDA `block_mask` is flex_attention's.
     """
 
-    def __init__(self, docs: Tensor):
+    def __init__(self, docs: Tensor, flex: bool = True):
         B, T = docs.shape
         self.shape, self.docs = (B, T), docs
         change = torch.ones_like(docs, dtype=torch.bool)
@@ -878,7 +880,7 @@ class Documents:
         self.groups, self.back, self.block_mask = None, None, None
         if docs.device.type == "cpu":
             self._group(docs.numpy().ravel(), change.numpy().ravel())
-        elif docs.device.type == "cuda":
+        elif docs.device.type == "cuda" and flex:  # compiled for a shape, so not for prompts
             def keep(b, h, t, s):
                 return (docs[b, t] == docs[b, s]) & (t >= s)
             self.block_mask = _flex()[1](keep, B, None, T, T, device=docs.device)
@@ -1321,7 +1323,7 @@ class LM(nn.Module):
         x, cos, sin = self._start(ids, columns.clamp(max=self.context - 1))
         real = torch.arange(T, device=device) < torch.tensor(lengths, device=device)[:, None]
         if max(before) == 0 and T > 1:
-            sees = Documents(torch.where(real, 0, -1))
+            sees = Documents(torch.where(real, 0, -1), flex=False)
         elif T == 1 and min(before) == max(before):
             sees = None
         else:
@@ -1636,10 +1638,10 @@ def pack(lengths: np.ndarray, room: int, seed: int = 0) -> tuple[np.ndarray, np.
 
 
 def collate(rows: Sequence[Sequence[tuple]], seq_len: int) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, targets, docs (B, seq_len) int64 of rows of documents.
+    """ids, docs, targets (B, seq_len) int64 of rows of documents.
 
     A document is (tokens,) or (tokens, mask): n tokens make n - 1 positions, each predicting the next token
-    where `mask` of that next token is True. Padding is PAD, IGNORE, -1.
+    where `mask` of that next token is True. Padding is PAD, -1, IGNORE.
     """
     ids = np.full((len(rows), seq_len), PAD, np.int64)
     targets, docs = np.full_like(ids, IGNORE), np.full_like(ids, -1)
@@ -1651,4 +1653,4 @@ def collate(rows: Sequence[Sequence[tuple]], seq_len: int) -> tuple[Tensor, Tens
             if mask:
                 targets[r, at:at + n][~np.asarray(mask[0][1:], bool)] = IGNORE
             at += n
-    return torch.from_numpy(ids), torch.from_numpy(targets), torch.from_numpy(docs)
+    return torch.from_numpy(ids), torch.from_numpy(docs), torch.from_numpy(targets)

@@ -153,10 +153,10 @@ def same_weights(a, b, tolerance=0.0):
 # Constants.
 
 @pytest.mark.parametrize("word, message", [
-    ("DMI=64", "no constant 'DMI'; did you mean DIM?"), ("STEPS=2.5", "STEPS is int (600), got float (2.5)"),
-    ("STEPS", "expected NAME=value, got 'STEPS'"), ("STEPS=many", "STEPS is int (600), got str (many)"),
+    ("DMI=64", "no constant 'DMI'; did you mean DIM?"), ("STEPS=2.5", "STEPS is int (350), got float (2.5)"),
+    ("STEPS", "expected NAME=value, got 'STEPS'"), ("STEPS=many", "STEPS is int (350), got str (many)"),
     ("LR=nan", "LR is float (0.003), got str (nan)"), ("LR=1e999", "LR must be a finite number, got 1e999"),
-    ("RESUME=1", "RESUME is bool (True), got int (1)"), ("STEPS=True", "STEPS is int (600), got bool (True)"),
+    ("RESUME=1", "RESUME is bool (True), got int (1)"), ("STEPS=True", "STEPS is int (350), got bool (True)"),
 ])
 def test_bad_override_is_one_sentence(word, message):
     with pytest.raises(common.BadInput) as error:
@@ -446,7 +446,7 @@ def test_packed_equals_unpacked_loss_and_gradients():
     packed = common.collate([[(d,) for d in documents]], 128)
     padded = common.collate([[(d,)] for d in documents], 64)
     grads = []
-    for ids, targets, docs in (packed, padded):
+    for ids, docs, targets in (packed, padded):
         loss, count, _ = net(ids, docs, targets)
         net.zero_grad()
         loss.backward()
@@ -723,7 +723,7 @@ def test_documents_longer_than_a_row_are_cut_and_each_token_predicted_once(token
             targets = torch.cat(
                 [
                     t[t >= 0]
-                    for _, t, _ in rows.batches(range(epoch * rows.count, (epoch + 1) * rows.count), 8, "cpu")
+                    for _, _, t in rows.batches(range(epoch * rows.count, (epoch + 1) * rows.count), 8, "cpu")
                 ]
             )
             expected = np.concatenate(

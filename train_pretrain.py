@@ -52,14 +52,14 @@ N_SHARED = 1          # experts that every token visits
 AUX_LOSS_ALPHA = 0.1  # weight of the experts' balance loss
 
 # Optimization
-STEPS = 600           # updates
+STEPS = 350           # updates
 BATCH = 16            # rows per update, over all processes
 MICRO_BATCH = 8       # rows per forward and process
 OPTIMIZER = "muon"    # "muon" for the hidden matrices with AdamW for the rest, or "adamw" for all
 LR = 3e-3             # peak of AdamW
 MUON_LR = 0.02        # peak of Muon
 WEIGHT_DECAY = 0.1    # of matrices, times the learning rate
-WARMUP = 50           # updates
+WARMUP = 30           # updates
 SCHEDULE = "cosine"   # or "wsd": warm-up, stable, linear decay over the last 30%
 FLOOR = 0.0           # last learning rate as a fraction of the peak
 CLIP = 1.0            # largest gradient norm; 0 = never clip
@@ -74,10 +74,10 @@ OUT = "out/pretrain"
 INIT = ""             # folder of a checkpoint whose weights, sizes and tokenizer to start from
 RESUME = True         # go on with an unfinished run of the same command in OUT
 LOG_EVERY = 10        # updates
-EVAL_EVERY = 100      # updates; 0 = at the end only
+EVAL_EVERY = 50       # updates; 0 = at the end only
 EVAL_ROWS = 128       # rows of held-out text a validation reads; 0 = all (the last one always does)
-SAVE_EVERY = 100      # updates; 0 = at the end only
-SAMPLE_EVERY = 200    # updates; 0 = never
+SAVE_EVERY = 50       # updates; 0 = at the end only
+SAMPLE_EVERY = 100    # updates; 0 = never
 SAMPLE_PROMPT = ""    # how the samples begin
 WANDB = "disabled"    # "offline", "online"
 NIGHT = ""  # "22:00-07:00": half the threads, GPU memory and micro-batch in those hours; same updates
@@ -130,7 +130,7 @@ class Rows:
                 for d in self.order[self.bounds[row]:self.bounds[row + 1]]]
 
     def batches(self, rows, micro, device):
-        """(ids, targets, docs) (micro, T) of the rows, `micro` at a time; missing rows are padding."""
+        """(ids, docs, targets) (micro, T) of the rows, `micro` at a time; missing rows are padding."""
         for at in range(0, len(rows), micro):
             chosen = [self.documents(r) for r in rows[at:at + micro]]
             batch = common.collate(chosen + [[]] * (micro - len(chosen)), self.seq_len)
@@ -193,7 +193,7 @@ def evaluate(run, model, data, table, limit=0):
     sizes = torch.tensor([len(b) for b in table], device=run.device)
     totals = [0.0, 0, 0]  # nats, tokens, bytes
     rows = range(run.rank, min(limit or data.count, data.count), run.world)
-    for ids, targets, docs in data.batches(rows, MICRO_BATCH, run.device):
+    for ids, docs, targets in data.batches(rows, MICRO_BATCH, run.device):
         with run.autocast():
             loss, count, _ = model(ids, docs, targets)
         bytes_ = sizes[targets[targets != common.IGNORE]].sum()
@@ -291,8 +291,7 @@ def main():
                 f"{train.count} rows, {run.world} × {run.device} {str(run.dtype)[6:]}; {OUT}")
 
     def loss_of(batch):
-        ids, targets, docs = batch
-        loss, count, balance = net(ids, docs, targets)
+        loss, count, balance = net(*batch)
         return loss + AUX_LOSS_ALPHA * balance, count
 
     def validate(step):
