@@ -553,6 +553,14 @@ def test_ragged_batch_equals_one_at_a_time_cached_or_not(settings_):
     assert together == [tokens_of([p], [s])[0] for p, s in zip(prompts, [1, 2, 3, 4], strict=True)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_multiply_like_unpacked_ones(dtype):
+    weight = torch.randn(96, 64).to(dtype)
+    for rows in (1, 2, 40):
+        x = torch.randn(rows, 3, 64).to(dtype)
+        close(common.fixed_linear(weight)(x), F.linear(x, weight), 1e-2 if dtype == torch.bfloat16 else 1e-6)
+
+
 def test_sampling_follows_its_settings():
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
     generators = [torch.Generator().manual_seed(0)]
