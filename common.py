@@ -144,6 +144,14 @@ def divisible(**pairs: tuple[int, int]) -> None:
             raise BadInput(f"{name} {value} must be a positive multiple of {divisor}")
 
 
+def within(low: float, high: float, **values: float) -> None:
+    """Raise BadInput unless low ≤ value ≤ high for every NAME=value."""
+    for name, value in values.items():
+        if not low <= value <= high:
+            limit = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise BadInput(f"{name} {value} must be {limit}")
+
+
 # 2. Processes: the same file under `python`, `torchrun` on one machine and `torchrun` on several.
 
 @dataclasses.dataclass

@@ -128,6 +128,7 @@ def answer_all():
                 f"{PROMPTS}:{number}: {len(ids)} tokens and MAX_TOKENS {MAX_TOKENS or 1} pass the context "
                 f"of {model.context}; shorten it, or stretch the context with YARN"
             )
+    common.within(1, 10_000, BATCH=BATCH)
     answers = [""] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
     print(f"{path}: {len(rows)} prompts", file=sys.stderr, flush=True)

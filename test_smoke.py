@@ -1133,6 +1133,9 @@ def test_two_runs_do_not_share_a_folder(train, tmp_path):
         (dict(INIT="nowhere"), "there is no checkpoint nowhere"),
         (dict(SEQ_LEN=10**7, STRIDE=1), "longer than all of the"),
         (dict(COMPILE="maybe"), "COMPILE 'maybe'"),
+        (dict(STRIDE=-1), "STRIDE -1 must be at least 0"),
+        (dict(DROPOUT=2.0), "DROPOUT 2.0 must be between 0 and 0.99"),
+        (dict(EVAL_ROWS=-3), "EVAL_ROWS -3 must be at least 0"),
     ],
 )
 def test_constants_that_do_not_fit_are_one_sentence(train, constants, message):

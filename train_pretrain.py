@@ -109,6 +109,8 @@ class Rows:
             self.lengths = np.minimum(np.repeat(predictions, pieces) - inside * seq_len, seq_len)
         self._plan(0)
         self.count = len(self.order) if stride else len(self.bounds) - 1
+        if not self.count:
+            raise common.BadInput(f"{folder} has no document in its {split} part; change VALID_SHARE")
 
     def _plan(self, epoch):
         if epoch != self.epoch:
@@ -242,6 +244,14 @@ def main():
     common.divisible(
         MICRO_BATCH=(MICRO_BATCH, 1), STEPS=(STEPS, 1), BATCH=(BATCH, run.world), SEQ_LEN=(SEQ_LEN, 1)
     )
+    common.within(0, math.inf, DIM=DIM, N_LAYERS=N_LAYERS, N_HEADS=N_HEADS, HEAD_DIM=HEAD_DIM, STRIDE=STRIDE,
+                  HIDDEN_DIM=HIDDEN_DIM, N_EXPERTS=N_EXPERTS, N_SHARED=N_SHARED, LR=LR, MUON_LR=MUON_LR,
+                  AUX_LOSS_ALPHA=AUX_LOSS_ALPHA, WEIGHT_DECAY=WEIGHT_DECAY, WARMUP=WARMUP, CLIP=CLIP,
+                  PATIENCE=PATIENCE, LOG_EVERY=LOG_EVERY, EVAL_EVERY=EVAL_EVERY, EVAL_ROWS=EVAL_ROWS,
+                  SAVE_EVERY=SAVE_EVERY, SAMPLE_EVERY=SAMPLE_EVERY)
+    common.within(0, 1, FLOOR=FLOOR, VALID_SHARE=VALID_SHARE)
+    common.within(0, 0.99, DROPOUT=DROPOUT)
+    common.within(1, math.inf, THETA=THETA, N_KV_HEADS=N_KV_HEADS, MAX_BAD_STEPS=MAX_BAD_STEPS)
     common.in_window(NIGHT)
     init = common.load(common.newest_checkpoint(INIT)) if INIT else None
 
