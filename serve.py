@@ -64,7 +64,6 @@ def complete(prompt):
     ids = [common.BOS, *common.encode(tokenizer, prompt)]
     seed = SEED if SEED >= 0 else random.SystemRandom().randrange(2**31)
     print(f"{path}, seed {seed}", file=sys.stderr, flush=True)
-    print(prompt, end="", flush=True)
     begin, text = time.perf_counter(), ""
     for _, piece in common.stream(
         model,
@@ -78,10 +77,10 @@ def complete(prompt):
         top_p=TOP_P,
         repetition_penalty=REPETITION_PENALTY,
     ):
+        print(piece if text else prompt + piece, end="", flush=True)  # a refused prompt is not echoed
         text += piece
-        print(piece, end="", flush=True)
     seconds, count = time.perf_counter() - begin, len(common.encode(tokenizer, text))
-    print(flush=True)
+    print("" if text else prompt, flush=True)
     print(f"{count} tokens, {count / seconds:.0f} tokens/s", file=sys.stderr, flush=True)
     return text
 
