@@ -544,7 +544,7 @@ def leave(run: Run, out: str | Path, step: int, number: int) -> None:
     raise SystemExit(128 + number)
 
 
-def appendline_of(path: Path, row: dict) -> None:
+def append_line(path: Path, row: dict) -> None:
     """Add a row to a JSON-lines file."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -693,7 +693,7 @@ class Record:
         self.then = now
         self._write(step, values)
         clock = {"step": step, f"{unit}_per_s": round(rate, 1), "seconds": round(now - self.begin, 1)}
-        appendline_of(self.out / "speed.jsonl", clock)
+        append_line(self.out / "speed.jsonl", clock)
         if self.bar:
             self.bar.set_postfix_str(line_of(None, values) + f"  {unit}/s {rate:,.0f}")
         else:
@@ -706,7 +706,7 @@ class Record:
         if not self.run.first:
             return
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        appendline_of(self.out / "metrics.jsonl", {"step": step, **clean})
+        append_line(self.out / "metrics.jsonl", {"step": step, **clean})
         if self.mirror:
             self.mirror.log(clean, step=step)
 

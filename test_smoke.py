@@ -191,6 +191,14 @@ def test_constants_are_literals_that_something_reads(script):
         )
 
 
+@pytest.mark.parametrize("script", [*SCRIPTS, "test_smoke.py"])
+def test_every_name_that_a_script_takes_from_common_exists(script):
+    tree = ast.parse((ROOT / script).read_text())
+    taken = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)
+             and isinstance(n.value, ast.Name) and n.value.id == "common"}
+    assert not [name for name in taken if not hasattr(common, name)]
+
+
 def test_help_and_errors_of_the_command_line():
     output = finish(launch("train_pretrain.py", "--help"))
     assert "python train_pretrain.py" in output and "SEQ_LEN = 512" in output and "def " not in output
@@ -910,6 +918,15 @@ def test_training_learns_well_below_unigrams(train, tokens, tmp_path, constants)
         "tokenizer.json",
     ):
         assert (tmp_path / "run" / name).stat().st_size > 0
+
+
+def test_samples_are_shown_kept_and_do_not_change_the_run(train, tmp_path, capsys):
+    train(OUT=str(tmp_path / "plain"))
+    train(SAMPLE_EVERY=4, SAMPLE_PROMPT="the cat")
+    rows = [json.loads(x) for x in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [4, 8, 12] and "sample | the cat" in capsys.readouterr().out
+    assert all(len(r["texts"]) == 3 and r["texts"][0].startswith("the cat") for r in rows)
+    same_weights(weights(tmp_path / "run"), weights(tmp_path / "plain"))
 
 
 def test_compiled_training_equals_eager(train, tmp_path):
