@@ -4,7 +4,7 @@ A decoder-only transformer (grouped-query attention, RoPE, QK-norm, SwiGLU or mi
 classic one of 2017, learns to predict the next token of documents packed whole into rows, none seeing its
 neighbour.
 
-    python train_pretrain.py                                      Python's own documentation, 5 minutes
+    python train_pretrain.py                                      Python's own documentation, 6 minutes
     python train_pretrain.py DATA=my.jsonl.gz OUT=out/mine        rows {"text": ...}, or a .txt
     torchrun --nproc_per_node 4 train_pretrain.py DATA=my.jsonl.gz DIM=512 N_LAYERS=8 N_HEADS=8 STEPS=20000
     python train_pretrain.py EVAL=unseen.jsonl.gz OUT=out/mine    bits per byte of the best checkpoint
