@@ -157,7 +157,8 @@ def adamw(model):
 
 
 def muon(model):
-    return train_pretrain.make_optimizers(model)
+    return common.make_optimizers(model, train_pretrain.OPTIMIZER, train_pretrain.LR,
+                                  train_pretrain.MUON_LR, train_pretrain.WEIGHT_DECAY)
 
 
 def full_rows(rows, vocab_size=6400):

@@ -19,10 +19,12 @@ import dataclasses
 import datetime
 import difflib
 import fcntl
+import functools
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -353,6 +355,34 @@ def owned_once(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) ->
         raise ValueError(f"parameters in no optimizer: {lost}; in two: {len(owned) - len(set(owned))}")
 
 
+def make_optimizers(model: nn.Module, kind: str, lr: float, muon_lr: float, weight_decay: float) -> list:
+    """Optimizers that own every parameter once, each group with its `peak` learning rate.
+
+    "muon": Muon for the matrices inside `model.layers` (routers and gates excepted), AdamW for the rest;
+    "adamw" for all; "adam" without weight decay. Weight decay is of matrices alone.
+    """
+    inner = {p for name, p in model.layers.named_parameters()
+             if p.ndim == 2 and p.requires_grad and not re.search("router|gates", name)}
+    owned = [p for p in model.parameters() if p.requires_grad]
+    hidden, rest = [p for p in owned if p in inner], [p for p in owned if p not in inner]
+    vectors = {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}
+    tables = {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay}
+    adamw = dict(lr=lr, betas=(0.9, 0.95), fused=True)
+    if kind == "adam":
+        made = [torch.optim.Adam(owned, lr=lr, fused=True)]
+    elif kind == "adamw":
+        made = [torch.optim.AdamW([{**tables, "params": hidden}, tables, vectors], **adamw)]
+    elif kind == "muon":
+        made = [torch.optim.Muon(hidden, lr=muon_lr, weight_decay=weight_decay),
+                torch.optim.AdamW([tables, vectors], **adamw)]
+    else:
+        raise BadInput(f"OPTIMIZER {kind!r} is not one of muon, adamw, adam")
+    owned_once(model, made)
+    for group in (g for optimizer in made for g in optimizer.param_groups):
+        group["peak"] = group["lr"]
+    return made
+
+
 @dataclasses.dataclass
 class Updated:
     """What one update did: mean loss over all processes, gradient norm before clipping, whether it was
@@ -542,6 +572,12 @@ def leave(run: Run, out: str | Path, step: int, number: int) -> None:
     run.say(f"{name}: stopped after step {step}, saved in {out}; rerun the same command to go on")
     stop(run)
     raise SystemExit(128 + number)
+
+
+def write_result(run: Run, out: str | Path, found: dict) -> None:
+    """Write OUT/eval.json: what the best checkpoint scored on new data."""
+    if run.first:
+        write_whole(Path(out) / "eval.json", lambda file: file.write(json.dumps(found, indent=1).encode()))
 
 
 def append_line(path: Path, row: dict) -> None:
@@ -900,30 +936,41 @@ class Documents:
         change[:, 1:] = docs[:, 1:] != docs[:, :-1]
         column = torch.arange(T, device=docs.device).expand(B, T)
         self.positions = column - torch.where(change, column, 0).cummax(1).values
-        self.groups, self.back, self.block_mask = None, None, None
-        if docs.device.type == "cpu":
-            self._group(docs.numpy().ravel(), change.numpy().ravel())
-        elif docs.device.type == "cuda" and flex:  # compiled for a shape, so not for prompts
-            def keep(b, h, t, s):
-                return (docs[b, t] == docs[b, s]) & (t >= s)
-            self.block_mask = _flex()[1](keep, B, None, T, T, device=docs.device)
+        self.flex = flex
+        self.whole = bool((column == self.positions).all())  # a document a row
+        self.change = change
 
-    def _group(self, docs: np.ndarray, change: np.ndarray) -> None:
+    @functools.cached_property
+    def block_mask(self):
+        """flex_attention's mask, compiled for a shape (so not for prompts); None without `flex`."""
+        if not self.flex or self.docs.device.type != "cuda":
+            return None
+        (B, T), docs = self.shape, self.docs
+
+        def keep(b, h, t, s):
+            return (docs[b, t] == docs[b, s]) & (t >= s)
+        return _flex()[1](keep, B, None, T, T, device=docs.device)
+
+    @functools.cached_property
+    def groups(self) -> list[tuple[int, Tensor, Tensor | None]]:
+        """(length L, flat index (N L) of tokens, mask (N, 1, 1, L, 1) of real ones or None) of each group."""
+        docs, change = (x.cpu().numpy().ravel() for x in (self.docs, self.change))
         starts = np.flatnonzero(change)
         lengths = np.diff(np.append(starts, len(docs)))
         starts, lengths = starts[docs[starts] >= 0], lengths[docs[starts] >= 0]
-        self.groups, back, slots = [], np.full(len(docs), -1), 0
+        groups, back, slots, device = [], np.full(len(docs), -1), 0, self.docs.device
         padded = np.array([_padded(n) for n in lengths])
         for L in np.unique(padded):
             first, length = starts[padded == L, None], lengths[padded == L, None]
             inside = np.arange(L) < length                                      # (N, L)
             index = np.where(inside, first + np.arange(L), first)
             back[index[inside]] = slots + np.flatnonzero(inside.ravel())
-            gaps = None if inside.all() else torch.from_numpy(inside[:, None, None, :, None])
-            self.groups.append((int(L), torch.from_numpy(index.ravel()), gaps))
+            gaps = None if inside.all() else torch.from_numpy(inside[:, None, None, :, None]).to(device)
+            groups.append((int(L), torch.from_numpy(index.ravel()).to(device), gaps))
             slots += inside.size
         back[back < 0] = slots  # padding reads the zero row at the end
-        self.back, self.slots = torch.from_numpy(back), slots
+        self.back, self.slots = torch.from_numpy(back).to(device), slots
+        return groups
 
 
 @torch.compiler.disable
@@ -947,6 +994,45 @@ def _flex() -> tuple[Callable, Callable]:
     return _flex.made
 
 
+def _onednn_setting():
+    return getattr(torch.backends.mkldnn, "matmul", None)  # where fp32_precision lives
+
+
+@functools.cache
+def _onednn_is_exact() -> bool:
+    """Whether oneDNN multiplies float32 at full precision here; with AMX it might round to bfloat16."""
+    a, b = (torch.randn(8, 64, 64, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    true = a.double() @ b.double()
+    setting = _onednn_setting()
+    if setting is None or not torch.backends.mkldnn.is_available():
+        return False
+    before, setting.fp32_precision = setting.fp32_precision, "bf16"
+    try:
+        return all(float((x - true).abs().max()) < 1e-5 * float(true.abs().max())
+                   for x in (torch.bmm(a, b), torch.bmm(a.mT.contiguous().mT, b)))
+    finally:
+        setting.fp32_precision = before
+
+
+def exact_products(method: Callable) -> Callable:
+    """The method of an autograd.Function, its float32 products on a CPU by oneDNN where these are exact.
+
+    torch keeps them in MKL unless asked to allow bfloat16; small batched ones are 2 to 4 times as fast in
+    oneDNN (two AVX512 cores of AMD), and with no AMX the results are float32 all the same.
+    """
+    @functools.wraps(method)
+    def inner(ctx, x, *rest):
+        if x.device.type != "cpu" or x.dtype != torch.float32 or not _onednn_is_exact():
+            return method(ctx, x, *rest)
+        setting = _onednn_setting()
+        before, setting.fp32_precision = setting.fp32_precision, "bf16"
+        try:
+            return method(ctx, x, *rest)
+        finally:
+            setting.fp32_precision = before
+    return inner
+
+
 CHUNK = 128  # queries per block; 64 and keeping the weights were no faster, 256 slower (two AVX512 cores)
 
 
@@ -955,6 +1041,7 @@ class _GroupedAttention(torch.autograd.Function):
     float32."""
 
     @staticmethod
+    @exact_products
     def forward(ctx, q, k, v, documents):
         ctx.save_for_backward(q, k, v)
         ctx.documents = documents
@@ -963,6 +1050,7 @@ class _GroupedAttention(torch.autograd.Function):
         return _scatter(outs, documents, q)
 
     @staticmethod
+    @exact_products
     def backward(ctx, grad):
         q, k, v = ctx.saved_tensors
         grads = []
@@ -993,6 +1081,51 @@ def _scatter(parts: Sequence[Tensor], documents: Documents, like: Tensor) -> Ten
         at += N * L
     B, T = documents.shape
     return slots.index_select(0, documents.back).view(B, T, H, E).transpose(1, 2)
+
+
+class _Regroup(torch.autograd.Function):
+    """x (B, T, F) → (N, L, F) of every group of documents; what fills up a row gives no gradient."""
+
+    @staticmethod
+    def forward(ctx, x, documents):
+        ctx.documents, rows = documents, x.reshape(-1, x.shape[-1])
+        return tuple(rows.index_select(0, index).view(-1, L, x.shape[-1]) for L, index, _ in documents.groups)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _ungroup(grads, ctx.documents), None
+
+
+class _Ungroup(torch.autograd.Function):
+    """The inverse: (N, L, F) of every group → (B, T, F), zeros at padding."""
+
+    @staticmethod
+    def forward(ctx, documents, *parts):
+        ctx.documents = documents
+        return _ungroup(parts, documents)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, grads = grad.reshape(-1, grad.shape[-1]), []
+        for L, index, gaps in ctx.documents.groups:
+            part = rows.index_select(0, index).view(-1, L, grad.shape[-1])
+            grads.append(part if gaps is None else part * gaps.view(-1, L, 1))
+        return None, *grads
+
+
+def _ungroup(parts: Sequence[Tensor], documents: Documents) -> Tensor:
+    rows = torch.cat([*(p.flatten(0, 1) for p in parts), parts[0].new_zeros(1, parts[0].shape[-1])])
+    return rows.index_select(0, documents.back).view(*documents.shape, -1)
+
+
+@torch.compiler.disable
+def by_document(attend_rows: Callable, documents: Documents, *tensors: Tensor) -> Tensor:
+    """`attend_rows(*tensors)` (B, T, F) → (B, T, F'), causal along T, of documents as if each had a row of
+    its own."""
+    if documents.whole:
+        return attend_rows(*tensors)
+    grouped = [_Regroup.apply(x, documents) for x in tensors]
+    return _Ungroup.apply(documents, *(attend_rows(*part) for part in zip(*grouped, strict=True)))
 
 
 def _scaled_bmm(a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -1045,28 +1178,161 @@ def _attend_blocks_backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tu
     return dq, dk.to(k.dtype).view(k.shape), dv.to(v.dtype).view(v.shape)
 
 
+# Sliding window: tiles of SPAN queries against the spans of keys that hold their windows. Here and in section
+# 7 tensors are (B, T, G, R, E) inside, R = H / G, a group's heads side by side; branches add to what they are
+# given, and backward makes the weights again. Temporaries have about WORKSPACE elements: much larger ones are
+# mapped anew from the system each time, which costs ten times the work that is done on them.
+
+WORKSPACE, SPAN = 2**19, 64
+
+
+@torch.compiler.disable
+def attend_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Causal attention to the last `window` tokens. q (B, H, T, E), k and v (B, G, T, E) → (B, H, T, E)."""
+    return _WindowAttention.apply(q, k, v, window)
+
+
+def _by_group(x: Tensor, G: int) -> Tensor:
+    return x.transpose(1, 2).unflatten(2, (G, -1)).contiguous()                         # (B, T, G, R, E)
+
+
+class _WindowAttention(torch.autograd.Function):
+
+    @staticmethod
+    @exact_products
+    def forward(ctx, q, k, v, window):
+        q = _by_group(q, k.shape[1])
+        ctx.save_for_backward(q, k, v)
+        ctx.window = window
+        out = torch.zeros_like(q)
+        _window(q, k, v, None, window, out)
+        return out.flatten(2, 3).transpose(1, 2)
+
+    @staticmethod
+    @exact_products
+    def backward(ctx, dout):
+        q, k, v = ctx.saved_tensors
+        wide = torch.promote_types(q.dtype, torch.float32)
+        dq, dk, dv = torch.empty_like(q), *(x.new_zeros(x.shape, dtype=wide) for x in (k, v))
+        _window_backward(q, k, v, None, ctx.window, _by_group(dout, k.shape[1]), dq, dk, dv, None)
+        return dq.flatten(2, 3).transpose(1, 2), dk.to(k.dtype), dv.to(v.dtype), None
+
+
+def _window_spans(B: int, G: int, T: int, R: int, E: int, window: int) -> Iterator[tuple[int, int, int]]:
+    """(begin, end, m): spans of queries and how many spans of keys each sees."""
+    m = -(-min(window, T) // SPAN) + 1
+    step = max(1, WORKSPACE // (B * G * SPAN * R * max(m * SPAN, E)))
+    for begin in range(0, -(-T // SPAN), step):
+        yield begin, min(begin + step, -(-T // SPAN)), m
+
+
+def _keys_of_spans(x: Tensor, begin: int, end: int, m: int) -> Tensor:
+    """Keys (B G n, m SPAN, E) of spans begin..end of x (B, G, T, E), each behind the m - 1 spans before
+    it."""
+    low = (begin - m + 1) * SPAN
+    part = x[:, :, max(0, low):end * SPAN].flatten(0, 1)
+    part = F.pad(part, (0, 0, max(0, -low), (end - begin + m - 1) * SPAN - part.shape[1] - max(0, -low)))
+    return part.unfold(1, m * SPAN, SPAN).transpose(2, 3).reshape(-1, m * SPAN, x.shape[-1])
+
+
+def _spans(x: Tensor, begin: int, end: int) -> Tensor:
+    """Spans begin..end of queries x (B, T, G, R, E) as (B G n, SPAN R, E)."""
+    part = x[:, begin * SPAN:end * SPAN].transpose(1, 2)
+    if part.shape[2] % SPAN:
+        part = F.pad(part, (0, 0, 0, 0, 0, -part.shape[2] % SPAN))
+    return part.reshape(-1, SPAN * x.shape[3], x.shape[4])
+
+
+def _put_spans(total: Tensor, begin: int, part: Tensor, add: bool) -> None:
+    """Add, or set, queries of total (B, T, G, R, E) from spans (B G n, SPAN R, E)."""
+    B, _, G, R, E = total.shape
+    target = total[:, begin * SPAN:].transpose(1, 2)
+    part = part.view(B, G, -1, R, E)[:, :, :target.shape[2]]
+    target = target[:, :, :part.shape[2]]
+    target.add_(part) if add else target.copy_(part)
+
+
+def _add_keys(total: Tensor, begin: int, end: int, m: int, part: Tensor) -> None:
+    """Add gradients (B G n, m SPAN, E) of `_keys_of_spans` to total (B, G, T, E)."""
+    B, G, T, E = total.shape
+    part = part.view(B, G, end - begin, m, SPAN, E)
+    for j in range(m):
+        low = (begin - m + 1 + j) * SPAN
+        skip = max(0, -low)
+        flat = part[:, :, :, j].flatten(2, 3)[:, :, skip:]
+        room = total[:, :, low + skip:low + skip + flat.shape[2]]
+        room += flat[:, :, :room.shape[2]]
+
+
+def _window_weights(queries: Tensor, keys: Tensor, begin: int, end: int, R: int, window: int) -> Tensor:
+    """Weights (B G n, SPAN R, m SPAN)."""
+    n, width, device = end - begin, keys.shape[1], keys.device
+    logits = _scaled_bmm(queries, keys.transpose(1, 2), keys.shape[-1] ** -0.5)
+    back = torch.arange(SPAN, device=device)[:, None] + width - SPAN - torch.arange(width, device=device)
+    outside = torch.zeros(back.shape, dtype=keys.dtype, device=device)
+    outside.masked_fill_((back < 0) | (back >= window), -math.inf)
+    logits.view(-1, SPAN, R, width).add_(outside[:, None])
+    for i in range(min(n, max(0, width // SPAN - 1 - begin))):             # keys before the beginning
+        logits.view(-1, n, SPAN * R, width)[:, i, :, :width - (begin + i + 1) * SPAN] = -math.inf
+    return logits.softmax(-1)
+
+
+def _window(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, window: int, out: Tensor) -> None:
+    """Add gate × attention to the last `window` tokens to out."""
+    B, T, G, R, E = q.shape
+    for begin, end, m in _window_spans(B, G, T, R, E, window):
+        p = _window_weights(_spans(q, begin, end), _keys_of_spans(k, begin, end, m), begin, end, R, window)
+        o = torch.bmm(p, _keys_of_spans(v, begin, end, m))
+        _put_spans(out, begin, o if gate is None else o.mul_(_spans(gate, begin, end)), add=True)
+
+
+def _window_backward(q, k, v, gate, window, dout, dq, dk, dv, dgate) -> None:
+    """Set dq and dgate, add to dk and dv."""
+    B, T, G, R, E = q.shape
+    for begin, end, m in _window_spans(B, G, T, R, E, window):
+        queries, keys, values = _spans(q, begin, end), *(_keys_of_spans(x, begin, end, m) for x in (k, v))
+        p, grads = _window_weights(queries, keys, begin, end, R, window), _spans(dout, begin, end)
+        if gate is not None:
+            dot = (torch.bmm(p, values) * grads).sum(-1, keepdim=True)     # out · dout
+            _put_spans(dgate[..., None], begin, dot, add=False)
+            grads = grads * _spans(gate, begin, end)
+        _add_keys(dv, begin, end, m, torch.bmm(p.transpose(1, 2), grads))
+        dp = torch.bmm(grads, values.transpose(1, 2))
+        torch._softmax_backward_data(dp, p, -1, q.dtype, grad_input=dp)    # now of the logits
+        _add_keys(dk, begin, end, m, _scaled_bmm(dp.transpose(1, 2), queries, E ** -0.5))
+        _put_spans(dq, begin, _scaled_bmm(dp, keys, E ** -0.5), add=False)
+
+
 class Cache:
-    """Keys and values of what each row has read, in tensors of fixed size: per layer (B, G, S, E); lengths on
-    the host."""
+    """What each row has read: per layer the tensors that its attention's `memory` makes; lengths on the
+    host."""
 
     def __init__(self, model: nn.Module, rows: int, length: int):
-        weight = model.head_weight
-        shape = (rows, model.sizes["n_kv_heads"], length, model.layers[0].attention.head_dim)
-        self.k = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in model.layers]
-        self.v = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in model.layers]
+        self.layers = [layer.attention.memory(rows, length, model.head_weight) for layer in model.layers]
         self.lengths = [0] * rows
 
-    def write(self, layer: int, k: Tensor, v: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k, v (B, G, T, E) behind what each row holds, at `columns` (B, T); returns all up to the
-        longest row."""
-        T, longest = k.shape[2], max(self.lengths)
-        keys, values = self.k[layer], self.v[layer]
-        if min(self.lengths) == longest:
-            keys[:, :, longest:longest + T], values[:, :, longest:longest + T] = k, v
-        else:
-            rows = torch.arange(len(k), device=k.device)[:, None]
-            keys[rows, :, columns], values[rows, :, columns] = k.transpose(1, 2), v.transpose(1, 2)
-        return keys[:, :, :longest + T], values[:, :, :longest + T]
+
+@dataclasses.dataclass
+class Reading:
+    """T more tokens of each row, for all layers alike: lengths before, how many each row reads (the rest is
+    padding), their columns (B, T), and what they see: Documents when the cache was empty, else
+    attend_cached's bias."""
+    before: list[int]
+    lengths: list[int]
+    columns: Tensor
+    sees: Documents | Tensor | None
+
+
+def write_cache(cache: Tensor, x: Tensor, reading: Reading) -> Tensor:
+    """Put x (B, G, T, E) behind what each row holds in cache (B, G, S, E); returns all up to the longest
+    row."""
+    T, longest = x.shape[2], max(reading.before)
+    if min(reading.before) == longest:
+        cache[:, :, longest:longest + T] = x
+    else:
+        rows = torch.arange(len(x), device=x.device)[:, None]
+        cache[rows, :, reading.columns] = x.transpose(1, 2)
+    return cache[:, :, :longest + T]
 
 
 def attend_cached(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -1086,11 +1352,14 @@ def attend_cached(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tenso
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions and QK-norm (arXiv 2305.13245, 2010.04245)."""
+    """Grouped-query attention with rotary positions and QK-norm (arXiv 2305.13245, 2010.04245).
 
-    def __init__(self, dim: int, n_heads: int, n_kv_heads: int, head_dim: int, qk_norm: bool = True):
+    `window` > 0: to the last so many tokens only, the query's own included."""
+
+    def __init__(self, dim: int, n_heads: int, n_kv_heads: int, head_dim: int, qk_norm: bool = True,
+                 window: int = 0):
         super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, head_dim
+        self.n_heads, self.n_kv_heads, self.head_dim, self.window = n_heads, n_kv_heads, head_dim, window
         self.q = nn.Linear(dim, n_heads * head_dim, bias=False)
         self.k = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
         self.v = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
@@ -1110,8 +1379,16 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
         """x (B, T, D) → (B, T, D)."""
         q, k, v = self.project(x, cos, sin)
+        if self.window:
+            flat = (h.transpose(1, 2).flatten(2) for h in (q, k, v))
+            return self.out(by_document(self.attend_rows, documents, *flat))
         y = attend_documents(q, k, v, documents)                                   # (B, H, T, E)
         return self.out(y.transpose(1, 2).flatten(2))
+
+    def attend_rows(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The window's attention, heads side by side: (B, T, H E), (B, T, G E) → (B, T, H E)."""
+        heads = (x.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for x in (q, k, v))
+        return attend_window(*heads, self.window).transpose(1, 2).flatten(2)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries (B, H, T, E), rotated keys and values (B, G, T, E)."""
@@ -1127,18 +1404,614 @@ class Attention(nn.Module):
             v = self.v(x).unflatten(-1, (-1, self.head_dim))
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def cached(self, x: Tensor, cos: Tensor, sin: Tensor, write: Callable,
-               sees: Documents | Tensor | None) -> Tensor:
-        """The same for T more tokens of each row; `write(k, v)` adds theirs to the cache and returns all.
+    def memory(self, rows: int, length: int, like: Tensor) -> dict[str, Tensor]:
+        """Room for the keys and values of `length` tokens of each row."""
+        shape = rows, self.n_kv_heads, length, self.head_dim
+        return {"k": like.new_zeros(shape), "v": like.new_zeros(shape)}
 
-        `sees` says what they see: Documents when the cache was empty (as in training), else the bias of
-        attend_cached.
-        """
+    def cached(self, x: Tensor, cos: Tensor, sin: Tensor, memory: dict, reading: Reading) -> Tensor:
+        """forward for T more tokens of each row, which are added to `memory`."""
         q, k, v = self.project(x, cos, sin)
-        keys, values = write(k, v)
-        fresh = isinstance(sees, Documents)
-        y = attend_documents(q, k, v, sees) if fresh else attend_cached(q, keys, values, sees)
+        keys, values = write_cache(memory["k"], k, reading), write_cache(memory["v"], v, reading)
+        sees = reading.sees
+        if isinstance(sees, Documents):
+            y = attend_window(q, k, v, self.window) if self.window else attend_documents(q, k, v, sees)
+        elif self.window and sees is None:
+            y = attend_cached(q, keys[:, :, -self.window:], values[:, :, -self.window:], None)
+        else:
+            if self.window:
+                column = torch.arange(keys.shape[2], device=x.device)
+                sees = sees.masked_fill(column <= reading.columns[:, :, None] - self.window, -math.inf)
+            y = attend_cached(q, keys, values, sees)
         return (self.joined[1] if self.joined else self.out)(y.transpose(1, 2).flatten(2))
+
+
+# 7. Sparse attention.
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How native sparse attention cuts time: tokens of the sliding window (the query's own included), tokens
+    and stride of compressed blocks, tokens of selection blocks and how many of them a query chooses.
+
+    `n_selected` counts the first block and the `local_blocks` before the query's own, where these are always
+    chosen; the own block is attended besides, causally. Raises BadInput on blocks that do not divide.
+    """
+    window: int = 64
+    compress_block: int = 16
+    compress_stride: int = 16
+    select_block: int = 16
+    n_selected: int = 4
+    first_block: bool = False
+    local_blocks: int = 0
+
+    def __post_init__(self):
+        divisible(WINDOW=(self.window, 1), N_SELECTED=(self.n_selected, 1),
+                  COMPRESS_BLOCK=(self.compress_block, self.compress_stride),
+                  SELECT_BLOCK=(self.select_block, self.compress_stride))
+        within(0, self.n_selected - self.first_block, LOCAL_BLOCKS=self.local_blocks)
+
+    def finished(self, t: Tensor | int) -> Tensor | int:
+        """Compressed blocks that query t sees: those whose last token is t or before it."""
+        number = (t + 1 - self.compress_block) // self.compress_stride + 1
+        return number.clamp(min=0) if isinstance(number, Tensor) else max(0, number)
+
+    def overlaps(self) -> list[tuple[int, int]]:
+        """(offset, weight): compressed block j·select/stride + offset shares `weight` strides with selection
+        block j (NSA, eq. 9)."""
+        a, b = self.compress_block // self.compress_stride, self.select_block // self.compress_stride
+        shared = [(o, min(o + a, b) - max(o, 0)) for o in range(1 - a, b)]
+        return [(o, w) for o, w in shared if w > 0]
+
+
+def importance(p: Tensor, cut: Cut, n_blocks: int) -> Tensor:
+    """p (..., N) on compressed blocks → (..., n_blocks) on selection blocks (arXiv 2502.11089, eq. 9)."""
+    if cut.compress_block == cut.select_block == cut.compress_stride:
+        return F.pad(p, (0, n_blocks - p.shape[-1])) if n_blocks != p.shape[-1] else p
+    ratio, before = cut.select_block // cut.compress_stride, cut.compress_block // cut.compress_stride
+    p = F.pad(p, (before, max(0, n_blocks * ratio + ratio - p.shape[-1])))
+    return sum(w * p[..., before + o:, ][..., :n_blocks * ratio:ratio] for o, w in cut.overlaps())
+
+
+def choose_blocks(scores: Tensor, t: Tensor, cut: Cut, settled: int = 0) -> Tensor:
+    """The K selection blocks of each query, best first, -1 where there are fewer: (..., K) int64.
+
+    scores (..., S) from `importance`; t broadcasts with (..., 1), the queries' positions. Candidates lie
+    before the query's own block. Those that no finished compressed block touches have no score: the nearest
+    of them come after all others. Columns below `settled` are known to be candidates with scores.
+    """
+    S, K = scores.shape[-1], min(cut.n_selected, scores.shape[-1])
+    block = torch.arange(settled, S, device=scores.device)
+    own = t // cut.select_block
+    touched = ((cut.finished(t) - 1) * cut.compress_stride + cut.compress_block)
+    touched = torch.where(cut.finished(t) > 0, -(-touched // cut.select_block), 0)
+    if cut.compress_block > cut.compress_stride:  # the first blocks may share all they have: the later wins
+        rank = torch.arange(S, device=scores.device).clamp(max=4 * cut.compress_block // cut.compress_stride)
+        scores = scores + rank * torch.finfo(scores.dtype).eps * 8
+    late = torch.where(block < touched, scores[..., settled:], (block - own).to(scores.dtype))
+    if cut.local_blocks:
+        late = torch.where(block >= own - cut.local_blocks, 1e20 + 1e15 * block, late)
+    late = late.masked_fill(block >= own, -math.inf)
+    scores = torch.cat([scores[..., :settled], late], -1) if settled else late
+    if cut.first_block and S:
+        scores = torch.cat([torch.where(own > 0, 1e30, -math.inf).expand_as(scores[..., :1]).to(scores.dtype),
+                            scores[..., 1:]], -1)
+    best, chosen = scores.topk(K, -1)
+    chosen = chosen.masked_fill(best == -math.inf, -1)
+    return F.pad(chosen, (0, cut.n_selected - K), value=-1)
+
+
+def attend_sparse_dense(q: Tensor, turned: Tensor, k: Tensor, v: Tensor, ck: Tensor, cv: Tensor,
+                        gates: Tensor, cut: Cut) -> Tensor:
+    """The slow twin of `attend_sparse`: the same by dense masks, O(T²) memory."""
+    (_, H, T, E), G = q.shape, k.shape[1]
+    s, R = torch.arange(T, device=q.device), H // G
+    t = s[:, None]
+    # 1. compressed
+    N = cut.finished(T - 1)
+    memory = ck.shape[2] - N
+    keep = torch.arange(-memory, N, device=q.device) < cut.finished(t)
+    some = keep.any(-1, keepdim=True)                                      # else the branch gives zero
+    logits = q @ ck.repeat_interleave(R, 1).transpose(-1, -2) / math.sqrt(E)
+    p = logits.masked_fill(~keep & some, -math.inf).softmax(-1) * keep
+    out = gates[..., 0].transpose(1, 2)[..., None] * (p @ cv.repeat_interleave(R, 1))
+    # 2. selected; the factor 1 + score - score.detach() on a chosen block's weights is 1, its gradient is not
+    n_blocks = -(-T // cut.select_block)
+    scores = importance(p[..., memory:].unflatten(1, (G, R)).sum(2), cut, n_blocks)     # (B, G, T, S)
+    chosen = choose_blocks(scores, t, cut)
+    member = torch.zeros_like(scores, dtype=torch.bool)
+    member = torch.cat([member, member[..., :1]], -1).scatter(-1, chosen % (n_blocks + 1), True)[..., :-1]
+    own = s // cut.select_block == t // cut.select_block
+    keep = (member[..., s // cut.select_block] | own) & (s <= t)                        # (B, G, T, S)
+    bias = (scores - scores.detach())[..., s // cut.select_block].masked_fill(own, 0)
+    keep, bias = keep.repeat_interleave(R, 1), bias.repeat_interleave(R, 1)
+    logits = turned @ k.repeat_interleave(R, 1).transpose(-1, -2) / math.sqrt(E)
+    p = (logits + bias).masked_fill(~keep, -math.inf).softmax(-1)
+    out = out + gates[..., 1].transpose(1, 2)[..., None] * (p @ v.repeat_interleave(R, 1))
+    # 3. sliding window
+    p = logits.masked_fill((s > t) | (s <= t - cut.window), -math.inf).softmax(-1)
+    return out + gates[..., 2].transpose(1, 2)[..., None] * (p @ v.repeat_interleave(R, 1))
+
+
+@torch.compiler.disable
+def attend_sparse(q: Tensor, turned: Tensor, k: Tensor, v: Tensor, ck: Tensor, cv: Tensor, gates: Tensor,
+                  cut: Cut) -> Tensor:
+    """Native sparse attention (arXiv 2502.11089, eq. 5-12) → (B, H, T, E). Twin: `attend_sparse_dense`.
+
+    q (B, H, T, E) queries for the compressed keys ck, values cv (B, G, M + N, E), the first M always seen;
+    `turned` the same queries with rotary positions, for k, v (B, G, T, E) of the selected and window
+    branches; gates (B, T, H, 3) of compressed, selected, window. A group's heads share their selection, by
+    the sum of their probabilities; a straight-through factor on each chosen block's weights trains it. Plain
+    torch, memory O(T).
+    """
+    return _SparseAttention.apply(q, turned, k, v, ck, cv, gates, cut)
+
+
+class _SparseAttention(torch.autograd.Function):
+
+    @staticmethod
+    @exact_products
+    def forward(ctx, q, turned, k, v, ck, cv, gates, cut):
+        G = k.shape[1]
+        q, turned, gates = _by_group(q, G), _by_group(turned, G), gates.unflatten(2, (G, -1))
+        out = torch.zeros_like(q)
+        chosen = _compressed(q, ck, cv, gates[..., 0, None], cut, out)
+        _selected(turned, k, v, chosen, gates[..., 1, None], cut, out)
+        _window(turned, k, v, gates[..., 2, None], cut.window, out)
+        ctx.save_for_backward(q, turned, k, v, ck, cv, gates, chosen)
+        ctx.cut = cut
+        return out.flatten(2, 3).transpose(1, 2)
+
+    @staticmethod
+    @exact_products
+    def backward(ctx, dout):
+        q, turned, k, v, ck, cv, gates, chosen = ctx.saved_tensors
+        G, cut = k.shape[1], ctx.cut
+        dout, dgates = _by_group(dout, G), torch.empty_like(gates)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        dturned = torch.empty_like(q)
+        dk, dv = (x.new_zeros(x.shape, dtype=wide) for x in (k, v))
+        _window_backward(turned, k, v, gates[..., 2, None], cut.window, dout, dturned, dk, dv, dgates[..., 2])
+        dscores = _selected_backward(turned, k, v, chosen, gates[..., 1, None], cut, dout, dturned, dk, dv,
+                                     dgates[..., 1])
+        dk, dv = dk.to(k.dtype), dv.to(v.dtype)
+        dq, dck, dcv = torch.zeros_like(q), *(x.new_zeros(x.shape, dtype=wide) for x in (ck, cv))
+        _compressed_backward(q, ck, cv, gates[..., 0, None], cut, dout, chosen, dscores, dq, dck, dcv,
+                             dgates[..., 0])
+        dq, dturned = (x.flatten(2, 3).transpose(1, 2) for x in (dq, dturned))
+        return (dq, dturned, dk, dv, dck.to(ck.dtype), dcv.to(cv.dtype),
+                dgates.flatten(2, 3), None)
+
+
+# 7.1 Compressed blocks: spans of queries against the blocks that the last of them sees.
+
+def _compressed_spans(q: Tensor, memory: int, cut: Cut) -> Iterator[tuple[int, int, int]]:
+    """(begin, end, columns): queries begin..end see at most so many compressed blocks and memories."""
+    B, T, G, R, _ = q.shape
+    begin = 0 if memory else min(T, cut.compress_block - 1)      # before it there is nothing to see
+    if begin:
+        yield 0, begin, 0
+    while begin < T:
+        size = WORKSPACE // (B * G * R * (memory + cut.finished(begin + 256)))
+        end = min(T, begin + min(max(size // 16 * 16, 128), 256))
+        yield begin, end, memory + cut.finished(end - 1)
+        begin = end
+
+
+def _span(x: Tensor, begin: int, end: int) -> Tensor:
+    """Queries begin..end of x (B, T, G, R, E) as (B G, C R, E)."""
+    return x[:, begin:end].transpose(1, 2).reshape(x.shape[0] * x.shape[2], -1, x.shape[-1])
+
+
+def _add_span(total: Tensor, begin: int, end: int, part: Tensor) -> None:
+    B, _, G, R, E = total.shape
+    total[:, begin:end] += part.view(B, G, end - begin, R, E).transpose(1, 2)
+
+
+def _compressed_weights(q: Tensor, ck: Tensor, begin: int, end: int, n: int, cut: Cut, memory: int) -> Tensor:
+    """Weights (B G, C R, n) of queries begin..end on memories and compressed blocks."""
+    R, E = q.shape[3:]
+    logits = _scaled_bmm(_span(q, begin, end), ck.flatten(0, 1)[:, :n].transpose(1, 2), E ** -0.5)
+    seen = memory + cut.finished(begin)                  # by all of the span
+    if seen < n:
+        t = torch.arange(begin, end, device=q.device)[:, None]
+        late = torch.arange(seen - memory, n - memory, device=q.device) >= cut.finished(t)
+        late = torch.zeros(late.shape, dtype=q.dtype, device=q.device).masked_fill_(late, -math.inf)
+        logits.unflatten(1, (-1, R))[..., seen:] += late[:, None]
+    return logits.softmax(-1)
+
+
+def _compressed(q: Tensor, ck: Tensor, cv: Tensor, gate: Tensor, cut: Cut, out: Tensor) -> Tensor:
+    """Add gate × the compressed branch to out; returns the blocks (B, G, T, K) that its weights choose."""
+    (B, T, G, R, _), chosen = q.shape, []
+    memory = ck.shape[2] - cut.finished(T - 1)
+    for begin, end, n in _compressed_spans(q, memory, cut):
+        t = torch.arange(begin, end, device=q.device)[:, None]
+        scores = q.new_zeros(B * G, end - begin, 0)
+        if n:
+            p = _compressed_weights(q, ck, begin, end, n, cut, memory)
+            _add_span(out, begin, end, torch.bmm(p, cv.flatten(0, 1)[:, :n]) * _span(gate, begin, end))
+            wide = torch.promote_types(q.dtype, torch.float32)
+            scores = p.unflatten(1, (-1, R))[..., memory:].sum(2, dtype=wide)
+        scores = importance(scores, cut, (end - 1) // cut.select_block)
+        settled = cut.finished(begin) * cut.compress_stride // cut.select_block
+        settled = max(0, min(settled, begin // cut.select_block - cut.local_blocks, scores.shape[-1]))
+        chosen.append(choose_blocks(scores, t, cut, settled).int())
+    return torch.cat(chosen, 1).unflatten(0, (B, G))
+
+
+def _compressed_backward(q, ck, cv, gate, cut, dout, chosen, dscores, dq, dck, dcv, dgate) -> None:
+    """Add to the gradients dq, dck, dcv; set dgate. dscores (B, G, T, K) reaches the weights on chosen
+    blocks."""
+    (B, T, G, R, E) = q.shape
+    memory, dgate_of = ck.shape[2] - cut.finished(T - 1), dgate[..., None]
+    dck, dcv = dck.flatten(0, 1), dcv.flatten(0, 1)
+    for begin, end, n in _compressed_spans(q, memory, cut):
+        if not n:
+            dgate[:, begin:end] = 0
+            continue
+        p = _compressed_weights(q, ck, begin, end, n, cut, memory)
+        values, grad, gates = cv.flatten(0, 1)[:, :n], _span(dout, begin, end), _span(gate, begin, end)
+        dgate_of[:, begin:end] = (torch.bmm(p, values) * grad).sum(-1, keepdim=True).view(
+            B, G, end - begin, R, 1).transpose(1, 2)
+        grad = grad * gates
+        dp = torch.bmm(grad, values.transpose(1, 2))
+        picks, extra = (x[:, :, begin:end].flatten(0, 1) for x in (chosen, dscores))
+        for offset, weight in cut.overlaps():
+            column = picks.long() * (cut.select_block // cut.compress_stride) + offset
+            ok = (picks >= 0) & (column >= 0) & (column < n - memory)
+            column = torch.where(ok, column, 0)[:, :, None].expand(-1, -1, R, -1) + memory
+            add = (extra * ok * weight)[:, :, None].expand(-1, -1, R, -1).to(dp.dtype)
+            dp.unflatten(1, (-1, R)).scatter_add_(-1, column.clamp(max=n - 1), add)
+        dcv[:, :n] += torch.bmm(p.transpose(1, 2), grad)
+        torch._softmax_backward_data(dp, p, -1, q.dtype, grad_input=dp)    # now of the logits
+        dck[:, :n] += _scaled_bmm(dp.transpose(1, 2), _span(q, begin, end), E ** -0.5)
+        _add_span(dq, begin, end, _scaled_bmm(dp, ck.flatten(0, 1)[:, :n], E ** -0.5))
+
+
+# 7.2 Selected blocks: (query, block) pairs sorted by block, in tiles of some queries against one block.
+
+class _Pairs:
+    """Pairs (query, block): each of some queries with its own block first, then with its chosen ones.
+
+    `rows`, `groups`, `queries` are slices of B, G, T. The pairs sorted by block, each block's filled up to
+    whole tiles of `size` queries, make slots. `slot` (queries, P) is the place of a pair; of each slot `pair`
+    and `query` are its indices, `row` that of the query in (B T G, R E); `holes` fill up; of each tile its
+    `block`.
+    """
+
+    def __init__(self, chosen: Tensor, cut: Cut, rows: slice, groups: slice, queries: slice):
+        (_, G, T, K), device = chosen.shape, chosen.device
+        P = K + 1
+        self.rows, self.groups, self.queries = rows, groups, queries
+        picks = chosen[rows, groups, queries].cpu().numpy()                # int32, as all below
+        b, g, n = picks.shape[:3]
+        N, integers = -(-T // cut.select_block), dict(dtype=np.int32)
+        own = np.broadcast_to(np.arange(queries.start, queries.stop, **integers)[:, None] // cut.select_block,
+                              (b, g, n, 1))
+        blocks = np.concatenate([own, np.where(picks < 0, own, picks)], -1)
+        blocks = (blocks.reshape(b * g, -1) + np.arange(b * g, **integers)[:, None] * N).ravel()
+        small = b * g * N <= 2**16                                         # 16 bits are sorted by radix
+        order = np.argsort(blocks.astype(np.uint16) if small else blocks, kind="stable").astype(np.int32)
+        counts = np.bincount(blocks, minlength=b * g * N)
+        self.size = 32 if len(blocks) > 32 * np.count_nonzero(counts) else 16
+        tiles = -(-counts // self.size)
+        first = np.cumsum(tiles) - tiles
+        shift = first * self.size - (np.cumsum(counts) - counts)
+        target = np.arange(len(blocks), **integers) + np.repeat(shift.astype(np.int32), counts)
+        slot, pair = np.empty(len(blocks), **integers), np.full(tiles.sum() * self.size, -1, **integers)
+        slot[order], pair[target] = target, order
+        holes, pair = np.flatnonzero(pair < 0), np.maximum(pair, 0)
+        query = pair // np.int32(P)
+        rows_of = ((np.arange(b)[:, None, None] + rows.start) * T + np.arange(n) + queries.start) * G
+        rows_of = (rows_of + np.arange(g)[:, None] + groups.start).astype(np.int32).ravel()
+        arrays = dict(slot=slot.reshape(-1, P), pair=pair, query=query, row=rows_of[query], holes=holes,
+                      first_tile=first.astype(np.int32), block=np.repeat(np.arange(len(counts)), tiles))
+        for name, array in arrays.items():
+            setattr(self, name, torch.from_numpy(array).to(device))
+        missing = np.flatnonzero((picks < 0).any((0, 1, 3)))
+        self.partial = missing[-1] + 1 if len(missing) else 0              # queries from here on miss no pick
+        self.absent = torch.from_numpy(picks[:, :, :self.partial] < 0).to(device)
+
+    def part(self, x: Tensor) -> Tensor:
+        """The queries of x (B, T, G, R, E) as (b, g, n, R, E), a view."""
+        return x[self.rows, self.queries, self.groups].transpose(1, 2)
+
+    def tiles(self, x: Tensor) -> Tensor:
+        """Queries of x (B, T, G, R, E) → (tiles, size R, E); holes get any."""
+        R, E = x.shape[3:]
+        return x.view(-1, R * E).index_select(0, self.row).view(-1, self.size * R, E)
+
+    def blocks(self, x: Tensor, size: int) -> Tensor:
+        """Blocks of keys x (B, G, T, E) → (tiles, size, E)."""
+        x = x[self.rows, self.groups].flatten(0, 1)
+        x = F.pad(x, (0, 0, 0, -x.shape[1] % size)) if x.shape[1] % size else x
+        return x.reshape(-1, size, x.shape[-1]).index_select(0, self.block)
+
+    def to_queries(self, x: Tensor, R: int) -> Tensor:
+        """Weights of tiles (tiles, size R, S) → (queries, R, P, S)."""
+        index = self.slot[:, None] * R + torch.arange(R, dtype=torch.int32, device=x.device)[:, None]
+        return x.view(-1, x.shape[-1]).index_select(0, index.flatten()).view(*index.shape, -1)
+
+    def to_tiles(self, x: Tensor) -> Tensor:
+        """The inverse; holes get zeros."""
+        _, R, P, S = x.shape
+        head = torch.arange(R, dtype=torch.int32, device=x.device) * P
+        index = (self.pair + self.query * (P * (R - 1)))[:, None] + head   # of (query, head, pick)
+        x = x.view(-1, S).index_select(0, index.flatten()).view(-1, R, S).index_fill_(0, self.holes, 0)
+        return x.view(-1, self.size * R, S)
+
+    def sum_queries(self, x: Tensor, R: int) -> Tensor:
+        """x of tiles (tiles, size R, E), summed over each query's pairs → (b, g, n, R, E)."""
+        E = x.shape[-1]
+        b, g = (len(range(s.start, s.stop)) for s in (self.rows, self.groups))
+        return F.embedding_bag(self.slot, x.view(-1, R * E), mode="sum").view(b, g, -1, R, E)
+
+    def sum_blocks(self, x: Tensor) -> Tensor:
+        """x of tiles (tiles, S, E), summed over each block's tiles → (b g, N S, E)."""
+        b, g = (len(range(s.start, s.stop)) for s in (self.rows, self.groups))
+        every = torch.arange(len(x), dtype=torch.int32, device=x.device)
+        return F.embedding_bag(every, x.flatten(1), self.first_tile, mode="sum").view(b * g, -1, x.shape[-1])
+
+
+def _pairs(chosen: Tensor, cut: Cut) -> Iterator[_Pairs]:
+    """All pairs, part by part: whole rows, else one group of a row, else some of its queries."""
+    B, G, T, K = chosen.shape
+    room = max(2048, B * G * T // 12)  # queries: enough to fill tiles, few enough to stay small beside q
+    b, g, n = max(1, room // (G * T)), G if G * T <= room else 1, -(-T // -(-T // room))
+    for row in range(0, B, b):
+        for group in range(0, G, g):
+            for begin in range(0, T, n):
+                yield _Pairs(chosen, cut, slice(row, min(B, row + b)), slice(group, group + g),
+                             slice(begin, min(T, begin + n)))
+
+
+def _selected_weights(queries: Tensor, keys: Tensor, pairs: _Pairs, R: int) -> Tensor:
+    """Weights (queries, R, P, S) of tiles of queries (tiles, size R, E) on their blocks of keys (tiles, S,
+    E)."""
+    S, device = keys.shape[1], keys.device
+    logits = pairs.to_queries(_scaled_bmm(queries, keys.transpose(1, 2), keys.shape[-1] ** -0.5), R)
+    t = torch.arange(pairs.queries.start, pairs.queries.stop, device=device)[:, None, None]
+    future = torch.zeros(len(t), 1, S, dtype=logits.dtype, device=device)
+    future.masked_fill_(torch.arange(S, device=device) > t % S, -math.inf)
+    by_query = logits.view(-1, len(t), *logits.shape[1:])                  # (b g, n, R, P, S)
+    by_query[..., 0, :] += future
+    if pairs.partial:
+        absent = pairs.absent.flatten(0, 1)[:, :, None, :, None]
+        by_query[:, :pairs.partial, :, 1:].masked_fill_(absent, -math.inf)
+    return logits.flatten(2).softmax(-1).view(logits.shape)
+
+
+def _selected(turned, k, v, chosen, gate, cut, out) -> None:
+    """Add gate × the selected branch to out."""
+    R, E = turned.shape[3:]
+    for pairs in _pairs(chosen, cut):
+        p = _selected_weights(pairs.tiles(turned), pairs.blocks(k, cut.select_block), pairs, R)
+        o = torch.bmm(pairs.to_tiles(p), pairs.blocks(v, cut.select_block))
+        pairs.part(out).add_(pairs.sum_queries(o, R).mul_(pairs.part(gate)))
+
+
+def _selected_backward(turned, k, v, chosen, gate, cut, dout, dturned, dk, dv, dgate) -> Tensor:
+    """Add to the gradients dturned, dk, dv; set dgate. Returns the gradient (B, G, T, K) of the chosen
+    scores."""
+    (R, E), S, T = turned.shape[3:], cut.select_block, k.shape[2]
+    dscores = torch.empty(chosen.shape, dtype=dk.dtype, device=k.device)
+    for pairs in _pairs(chosen, cut):
+        keys = pairs.blocks(k, S)
+        p = _selected_weights(pairs.tiles(turned), keys, pairs, R)
+        grads = pairs.tiles(dout)
+        dp = pairs.to_queries(torch.bmm(grads, pairs.blocks(v, S).transpose(1, 2)), R)
+        gates = pairs.part(gate).reshape(-1, R, 1, 1)
+        dot = (p * dp).sum((2, 3), keepdim=True)                           # out · dout
+        pairs.part(dgate).copy_(dot.view_as(pairs.part(dgate)))
+        dp.sub_(dot).mul_(p).mul_(gates)                                   # now of the logits
+        where = (pairs.rows, pairs.groups)
+        part = dscores[*where, pairs.queries]
+        part.copy_(dp[:, :, 1:].sum((1, 3)).view(part.shape))
+        dv[where] += pairs.sum_blocks(torch.bmm(pairs.to_tiles(p.mul_(gates)).transpose(1, 2), grads))[
+            :, :T].view_as(dv[where])
+        dlogits = pairs.to_tiles(dp)
+        torch.baddbmm(grads, dlogits, keys, beta=0, alpha=E ** -0.5, out=grads)
+        pairs.part(dturned).add_(pairs.sum_queries(grads, R))
+        del grads, p, dp
+        dk[where] += pairs.sum_blocks(_scaled_bmm(dlogits.transpose(1, 2), pairs.tiles(turned), E ** -0.5))[
+            :, :T].view_as(dk[where])
+    return dscores
+
+
+# 7.3 The module, its compression networks, and decoding.
+
+class GroupedMLP(nn.Module):
+    """Blocks (B, G, N, L, E) → (B, G, N, E): their mean plus what an MLP of each KV head's own adds, zero at
+    first."""
+
+    def __init__(self, n_kv_heads: int, block: int, head_dim: int):
+        super().__init__()
+        wide, inner = block * head_dim, 2 * head_dim
+        self.inner = nn.Parameter(torch.randn(n_kv_heads, wide, inner) * wide ** -0.5)
+        self.outer = nn.Parameter(torch.zeros(n_kv_heads, inner, head_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, G, N, L, E = x.shape
+        inner = F.silu(torch.bmm(x.transpose(0, 1).reshape(G, B * N, L * E), self.inner))
+        return x.mean(3) + torch.bmm(inner, self.outer).view(G, B, N, E).transpose(0, 1)
+
+
+class AttentionPool(nn.Module):
+    """The same by a weighted mean, the weights of each channel a softmax over the block, even at first."""
+
+    def __init__(self, n_kv_heads: int, block: int, head_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(n_kv_heads, head_dim, head_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = x @ self.weight[:, None].to(x.dtype)                                   # (B, G, N, L, E)
+        return (logits.softmax(3, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype) * x).sum(3)
+
+
+class ConvLinear(nn.Module):
+    """The same by one linear map of each KV head's own, the mean at first: a convolution as long as its
+    stride."""
+
+    def __init__(self, n_kv_heads: int, block: int, head_dim: int):
+        super().__init__()
+        mean = torch.eye(head_dim).repeat(block, 1) / block
+        self.weight = nn.Parameter(mean.expand(n_kv_heads, -1, -1).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, G, N, L, E = x.shape
+        y = torch.bmm(x.transpose(0, 1).reshape(G, B * N, L * E), self.weight)
+        return y.view(G, B, N, E).transpose(0, 1)
+
+
+COMPRESSIONS = {"mlp": GroupedMLP, "pool": AttentionPool, "conv": ConvLinear}
+
+
+class NativeSparseAttention(Attention):
+    """NSA (arXiv 2502.11089): 1. compressed blocks, 2. selected blocks, 3. a sliding window, each with a
+    sigmoid gate per head, on shared keys and values.
+
+    Rotary positions turn selected and window keys, not compressed ones, whose blocks get learned positions
+    inside. `n_memory` learned keys and values join the compressed ones; without them a token that has no
+    finished block before it gets zero from that branch.
+    """
+
+    def __init__(self, dim: int, n_heads: int, n_kv_heads: int, head_dim: int, qk_norm: bool = True,
+                 cut: Cut | None = None, compression: str = "mlp", n_memory: int = 0):
+        super().__init__(dim, n_heads, n_kv_heads, head_dim, qk_norm)
+        if compression not in COMPRESSIONS:
+            raise BadInput(f"COMPRESSION {compression!r} is not one of {', '.join(COMPRESSIONS)}")
+        within(0, math.inf, N_MEMORY=n_memory)
+        self.cut, self.n_memory = cut or Cut(), n_memory
+        self.gates = nn.Linear(dim, 3 * n_heads)
+        block = self.cut.compress_block
+        self.places = nn.Parameter(torch.randn(2, n_kv_heads, 1, block, head_dim) * 0.02)
+        network = COMPRESSIONS[compression]
+        self.compress_k, self.compress_v = (network(n_kv_heads, block, head_dim) for _ in range(2))
+        memories = torch.randn(2, n_kv_heads, n_memory, head_dim) * 0.02
+        self.memories = nn.Parameter(memories) if n_memory else None
+
+    def join(self) -> None:
+        """For inference: read x once for q, k, v and gates."""
+        self.joined = (fixed_linear(torch.cat([m.weight for m in (self.q, self.k, self.v, self.gates)])),
+                       fixed_linear(self.out.weight))
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        """q and q turned (B, T, H, E), k, k turned and v (B, T, G, E), gates (B, T, H, 3)."""
+        H, G, E = self.n_heads, self.n_kv_heads, self.head_dim
+        if self.joined is not None:
+            q, k, v, gates = self.joined[0](x).split([H * E, G * E, G * E, 3 * H], -1)
+            gates = gates + self.gates.bias
+        else:
+            q, k, v, gates = self.q(x), self.k(x), self.v(x), self.gates(x)
+        q, k, v = (y.unflatten(-1, (-1, E)) for y in (q, k, v))
+        q, k = self.norm_q(q), self.norm_k(k)
+        return q, rotate(q, cos, sin), k, rotate(k, cos, sin), v, gates.sigmoid().unflatten(-1, (H, 3))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
+        """x (B, T, D) → (B, T, D)."""
+        flat = (y.flatten(2) for y in self.project(x, cos, sin))
+        return self.out(by_document(self.attend_rows, documents, *flat))
+
+    def attend_rows(self, *flat: Tensor) -> Tensor:
+        """`project`'s tensors, heads side by side (B, T, F) → (B, T, H E)."""
+        q, turned, k, turned_k, v = (y.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for y in flat[:5])
+        ck, cv = self.compress(k, v, self.cut.finished(k.shape[2] - 1))
+        y = attend_sparse(q, turned, turned_k, v, ck, cv, flat[5].unflatten(2, (-1, 3)), self.cut)
+        return y.transpose(1, 2).flatten(2)
+
+    def compress(self, k: Tensor, v: Tensor, n: int, remember: bool = True) -> tuple[Tensor, Tensor]:
+        """The first n compressed keys and values (B, G, M + n, E) of k, v (B, G, T, E), behind M memories."""
+        length, stride, found = self.cut.compress_block, self.cut.compress_stride, []
+        for i, (x, network) in enumerate(((k, self.compress_k), (v, self.compress_v))):
+            if n:
+                blocks = x[:, :, :(n - 1) * stride + length].unfold(2, length, stride).transpose(-1, -2)
+            else:  # none, yet the network's gradient is zero, not missing
+                blocks = x[:, :, :0].unsqueeze(3).expand(-1, -1, -1, length, -1)
+            y = network(blocks + self.places[i].to(x.dtype)).to(x.dtype)
+            if self.n_memory and remember:
+                y = torch.cat([self.memories[i].to(y.dtype).expand(len(x), -1, -1, -1), y], 2)
+            found.append(y)
+        return tuple(found)
+
+    def memory(self, rows: int, length: int, like: Tensor) -> dict[str, Tensor]:
+        """Room for turned keys and values side by side, compressed ones, and the last block of plain keys."""
+        G, E, cut = self.n_kv_heads, self.head_dim, self.cut
+        blocks = like.new_zeros(rows, G, self.n_memory + cut.finished(length - 1), 2 * E)
+        if self.n_memory:
+            blocks[:, :, :self.n_memory] = torch.cat(tuple(self.memories), -1)
+        return {"kv": like.new_zeros(rows, G, -(-length // cut.select_block) * cut.select_block, 2 * E),
+                "blocks": blocks, "last": like.new_zeros(rows, G, cut.compress_block, E)}
+
+    def cached(self, x: Tensor, cos: Tensor, sin: Tensor, memory: dict, reading: Reading) -> Tensor:
+        """forward for T more tokens of each row, which are added to `memory`; T > 1 only when that is
+        empty."""
+        q, turned, k, turned_k, v, gates = self.project(x, cos, sin)
+        q, turned, k, turned_k, v = (y.transpose(1, 2) for y in (q, turned, k, turned_k, v))
+        write_cache(memory["kv"], torch.cat([turned_k, v], -1), reading)
+        T, cut, M = x.shape[1], self.cut, self.n_memory
+        if max(reading.before) == 0 and T > 1:  # a row's padding lies behind it: harmless, as all is causal
+            ck, cv = self.compress(k, v, cut.finished(T - 1))
+            memory["blocks"][:, :, :ck.shape[2]] = torch.cat([ck, cv], -1)
+            end = torch.tensor(reading.lengths, device=x.device)[:, None]
+            column = end - cut.compress_block + torch.arange(cut.compress_block, device=x.device)     # (B, L)
+            rows = torch.arange(len(x), device=x.device)[:, None]
+            memory["last"].copy_(k.transpose(1, 2)[rows, column.clamp(min=0)].transpose(1, 2))
+            y = attend_sparse(q, turned, turned_k, v, ck, cv, gates, cut)
+        elif T == 1:
+            last = memory["last"] = torch.cat([memory["last"][:, :, 1:], k], 2)
+            done = [row for row, t in enumerate(reading.before) if cut.finished(t) > cut.finished(t - 1)]
+            if done:  # blocks that end with this token
+                begin = torch.tensor([reading.before[row] - cut.compress_block + 1 for row in done])[:, None]
+                column = (begin + torch.arange(cut.compress_block)).to(x.device)
+                rows = torch.tensor(done, device=x.device)
+                values = memory["kv"][rows[:, None], :, column, self.head_dim:].transpose(1, 2)
+                block = torch.cat(self.compress(last[rows], values, 1, remember=False), -1)
+                number = torch.tensor([M + cut.finished(reading.before[row]) - 1 for row in done])
+                memory["blocks"][rows, :, number.to(x.device)] = block[:, :, 0]
+            y = self.attend_one(q, turned, gates, memory, reading)
+        else:
+            raise ValueError("after the first, tokens are read one at a time with sparse attention")
+        return (self.joined[1] if self.joined else self.out)(y.transpose(1, 2).flatten(2))
+
+    def attend_one(self, q: Tensor, turned: Tensor, gates: Tensor, memory: dict, reading: Reading) -> Tensor:
+        """`attend_sparse` for one query (B, H, 1, E) a row, behind what `memory` holds: its cost grows with
+        the number of compressed blocks only."""
+        (B, H, _, E), G, cut, S, device = q.shape, self.n_kv_heads, self.cut, self.cut.select_block, q.device
+        R = H // G
+        even = min(reading.before) == max(reading.before)
+        t = reading.columns[:, None]                                                    # (B, 1, 1)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        n = self.n_memory + cut.finished(max(reading.before))
+        # 1. compressed
+        blocks = memory["blocks"][:, :, :n].flatten(0, 1)                               # (B G, n, 2 E)
+        logits = _scaled_bmm(q.reshape(B * G, R, E), blocks[..., :E].mT, E ** -0.5).to(wide)
+        if not even:
+            unseen = torch.arange(-self.n_memory, n - self.n_memory, device=device) >= cut.finished(t)
+            logits = logits.view(B, H, n).masked_fill(unseen, -math.inf).view(B * G, R, n)
+        p = logits.softmax(-1) if even else logits.softmax(-1).nan_to_num()  # no block yet: nothing
+        scores = p.view(B, G, R, n)[..., self.n_memory:].sum(2)
+        scores = importance(scores, cut, max(reading.before) // S)
+        chosen = choose_blocks(scores, t, cut)                                          # (B, G, K)
+        # 2. selected, and 3. window: one gather, one product for both
+        own = (t // S).expand(-1, G, -1)
+        column = torch.cat([chosen, own], -1)[..., None] * S + torch.arange(S, device=device)
+        column = column.flatten(2)                                                      # (B, G, (K + 1) S)
+        width = min(cut.window, max(reading.before) + 1)
+        near = (t - width + 1 + torch.arange(width, device=device)).expand(-1, G, -1)
+        column = torch.cat([column, near], -1)
+        hidden = (column < 0) | (column > t)
+        length = memory["kv"].shape[2]
+        flat = column.clamp(0, length - 1) + torch.arange(B * G, device=device).view(B, G, 1) * length
+        kv = memory["kv"].view(-1, 2 * E).index_select(0, flat.flatten()).view(B * G, -1, 2 * E)
+        logits = _scaled_bmm(turned.reshape(B * G, R, E), kv[..., :E].mT, E ** -0.5).to(wide)
+        logits = logits.view(B, G, R, column.shape[-1]).masked_fill(hidden[:, :, None], -math.inf)
+        gates = gates.view(B, G, R, 3, 1).to(wide)
+        weights = [part.softmax(-1) * gates[..., i, :] for i, part in
+                   enumerate(logits.split([column.shape[-1] - width, width], -1), 1)]
+        weights = torch.cat(weights, -1).flatten(0, 1).to(q.dtype)
+        y = torch.bmm(weights, kv[..., E:])
+        y = y + torch.bmm((p * gates[..., 0, :].flatten(0, 1)).to(q.dtype), blocks[..., E:])
+        return y.view(B, H, 1, E)
 
 
 # 8. Mixture of experts.
@@ -1257,14 +2130,16 @@ class LM(nn.Module):
     `tied`).
 
     Weights map one to one onto Hugging Face's Qwen3 (with `qk_norm`, no experts). `seq_len` is the longest
-    context it was trained for; `yarn` multiplies it at inference. `sizes` rebuilds it: LM(**sizes). Raises
-    BadInput on sizes that do not fit each other.
+    context it was trained for; `yarn` multiplies it at inference. `attention` "nsa" or "window" takes
+    `sparse`: the fields of Cut, for nsa also `compression` (a key of COMPRESSIONS) and `n_memory`. `sizes`
+    rebuilds it: LM(**sizes). Raises BadInput on sizes that do not fit each other.
     """
 
     def __init__(self, vocab_size: int, dim: int, n_layers: int, n_heads: int, n_kv_heads: int,
                  head_dim: int = 0, hidden_dim: int = 0, seq_len: int = 32_768, theta: float = 1e6,
                  yarn: float = 1.0, tied: bool = True, qk_norm: bool = True, dropout: float = 0.0,
-                 eps: float = 1e-6, n_experts: int = 0, n_active: int = 2, n_shared: int = 1):
+                 eps: float = 1e-6, n_experts: int = 0, n_active: int = 2, n_shared: int = 1,
+                 attention: str = "full", sparse: dict | None = None):
         super().__init__()
         hidden_dim = hidden_dim or -(-dim * 8 // 3 // 64) * 64               # 8/3 dim, up to a multiple of 64
         self.sizes = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
@@ -1281,8 +2156,18 @@ class LM(nn.Module):
         self.embedding = nn.Embedding(vocab_size, dim)
         self.dropout = nn.Dropout(dropout)
 
+        if attention not in ("full", "window", "nsa"):
+            raise BadInput(f"ATTENTION {attention!r} is not one of full, window, nsa")
+        kind, options = Attention, {}
+        if attention == "window":
+            options = {"window": Cut(**sparse or {}).window}
+        elif attention == "nsa":
+            options = dict(sparse or {})
+            more = {k: options.pop(k) for k in ("compression", "n_memory") if k in options}
+            kind, options = NativeSparseAttention, {"cut": Cut(**options), **more}
+
         def block():
-            attention = Attention(dim, n_heads, n_kv_heads, head_dim, qk_norm)
+            attention = kind(dim, n_heads, n_kv_heads, head_dim, qk_norm, **options)
             experts = n_experts and MoE(dim, hidden_dim, n_experts, n_active, n_shared)
             return Block(attention, experts or SwiGLU(dim, hidden_dim), dim, eps, dropout)
         self.layers = nn.ModuleList(block() for _ in range(n_layers))
@@ -1300,6 +2185,9 @@ class LM(nn.Module):
             nn.init.normal_(module.weight, std=module.in_features ** -0.5)
         elif isinstance(module, Attention):
             nn.init.zeros_(module.out.weight)
+            if isinstance(module, NativeSparseAttention):
+                nn.init.zeros_(module.gates.weight)
+                nn.init.zeros_(module.gates.bias)
         elif isinstance(module, SwiGLU):
             nn.init.zeros_(module.down.weight)
         elif isinstance(module, LM) and module.head is not None:
@@ -1350,14 +2238,25 @@ class LM(nn.Module):
         else:
             future = torch.arange(max(before) + T, device=device) > columns[:, :, None]
             sees = torch.zeros_like(future, dtype=x.dtype).masked_fill_(future, -math.inf)
-        for i, layer in enumerate(self.layers):
-            def write(k, v, i=i):
-                return cache.write(i, k, v, columns)
-            x = x + layer.attention.cached(layer.norm_attn(x), cos, sin, write, sees)
+        reading = Reading(before, list(lengths), columns, sees)
+        for layer, memory in zip(self.layers, cache.layers, strict=True):
+            x = x + layer.attention.cached(layer.norm_attn(x), cos, sin, memory, reading)
             x, _ = layer.add_mlp(x, real)
         cache.lengths = [a + b for a, b in zip(before, lengths, strict=True)]
         last = torch.tensor(lengths, device=device) - 1
         return self.norm(x[:, -1] if T == 1 else x[torch.arange(B, device=device), last])
+
+
+def compile_layers(model: nn.Module, wanted: str, steps: int) -> None:
+    """Compile a language model's layers (one is compiled, all use it): "yes", "no", or "auto": for at least
+    200 updates, where there is a C++ compiler, and not with experts, whose shares always change."""
+    if wanted not in ("auto", "yes", "no"):
+        raise BadInput(f"COMPILE {wanted!r} is not one of auto, yes, no")
+    fits = isinstance(model, LM) and not model.sizes["n_experts"]
+    if fits and (wanted == "yes" or wanted == "auto" and steps >= 200 and shutil.which("g++")):
+        torch._dynamo.config.suppress_errors = wanted == "auto"  # a broken compiler costs speed, not the run
+        for layer in model.layers:
+            layer.compile()
 
 
 class Classic(nn.Module):

@@ -28,14 +28,15 @@ from hypothesis import strategies as st
 import bench
 import common
 import serve
+import train_nsa_enwik8
 import train_pretrain
-from data import prepare_python_docs, prepare_text, prepare_tokenizer
+from data import prepare_enwik8, prepare_python_docs, prepare_text, prepare_tokenizer
 
 torch.set_num_threads(1)                     # the models are tiny: a second thread would only wait
 os.environ["OMP_NUM_THREADS"] = "1"          # in the processes started here too
 ROOT = Path(__file__).parent
-SCRIPTS = ["train_pretrain.py", "serve.py", "bench.py", "data/prepare_text.py", "data/prepare_tokenizer.py",
-           "data/prepare_python_docs.py"]
+SCRIPTS = ["train_pretrain.py", "train_nsa_enwik8.py", "serve.py", "bench.py", "data/prepare_text.py",
+           "data/prepare_tokenizer.py", "data/prepare_python_docs.py", "data/prepare_enwik8.py"]
 TINY = dict(
     DIM=32,
     N_LAYERS=2,
@@ -106,12 +107,8 @@ def train(tokens, tmp_path, monkeypatch):
     """Run train_pretrain.main() in this process with constants changed; returns its metrics."""
     def run(module=train_pretrain, **constants):
         with monkeypatch.context() as patch:
-            for name, value in {
-                **TINY,
-                "DATA": str(tokens),
-                "OUT": str(tmp_path / "run"),
-                **constants,
-            }.items():
+            tiny = {k: v for k, v in TINY.items() if hasattr(module, k)} | {"DATA": str(tokens)}
+            for name, value in {**tiny, "OUT": str(tmp_path / "run"), **constants}.items():
                 patch.setattr(module, name, value)
             return module.main()
     return run
@@ -527,6 +524,210 @@ def test_moe_equals_a_loop_over_tokens_and_drops_none():
     close(sum(halves), balance)                                          # adds up over micro-batches
 
 
+# Sparse attention.
+
+CUTS = {
+    "default": common.Cut(), "narrow window": common.Cut(window=7), "wide window": common.Cut(window=200),
+    "overlap": common.Cut(compress_stride=8),
+    "long blocks": common.Cut(compress_block=32, compress_stride=16),
+    "short blocks": common.Cut(compress_block=8, compress_stride=4, n_selected=3),
+    "first and local": common.Cut(compress_stride=8, select_block=8, n_selected=3, first_block=True,
+                                  local_blocks=1),
+    "more than there are": common.Cut(n_selected=40, compress_block=32),
+    "one": common.Cut(select_block=32, n_selected=1),
+}
+
+
+def sparse_inputs(B, G, R, T, E, cut, memory, dtype=torch.float64):
+    torch.manual_seed(T)
+    shapes = [(B, G * R, T, E)] * 2 + [(B, G, T, E)] * 2 + [(B, G, memory + cut.finished(T - 1), E)] * 2
+    inputs = [torch.randn(s, dtype=dtype, requires_grad=True) for s in shapes]
+    return [*inputs, torch.rand(B, T, G * R, 3, dtype=dtype, requires_grad=True)]
+
+
+@pytest.mark.parametrize("B, G, R, T, memory", [
+    (2, 2, 2, 130, 0), (1, 1, 4, 333, 1), (3, 2, 1, 15, 0), (1, 2, 2, 16, 2), (2, 1, 2, 17, 0),
+    (1, 1, 1, 1, 0), (1, 2, 1, 31, 1), (1, 1, 2, 33, 0)])
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_sparse_attention_equals_its_twin_with_gradients(B, G, R, T, memory, cut):
+    inputs = sparse_inputs(B, G, R, T, 6, cut, memory)
+    fast, slow = common.attend_sparse(*inputs, cut), common.attend_sparse_dense(*inputs, cut)
+    close(fast, slow)
+    grad = torch.randn_like(fast)
+    grads = [torch.autograd.grad(y, inputs, grad, allow_unused=True) for y in (fast, slow)]
+    for a, b in zip(*grads, strict=True):                                # q, turned, k, v, ck, cv, gates
+        assert torch.isfinite(a).all()
+        close(a, torch.zeros_like(a) if b is None else b, 1e-10)
+
+
+def test_long_sparse_attention_in_parts_equals_its_twin(monkeypatch):
+    """Small workspaces: many spans, parts of rows, groups and queries, tiles of both sizes."""
+    monkeypatch.setattr(common, "WORKSPACE", 2**12)
+    cut = common.Cut(window=100, compress_stride=8)
+    inputs = sparse_inputs(2, 2, 2, 2600, 4, cut, 0)
+    fast, slow = common.attend_sparse(*inputs, cut), common.attend_sparse_dense(*inputs, cut)
+    close(fast, slow)
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (fast, slow)), strict=True):
+        close(a, b, 1e-9)
+
+
+@pytest.mark.parametrize("window", [1, 7, 64, 65, 500])
+def test_window_attention_equals_its_twin_with_gradients(window):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, h, 201, 8, dtype=torch.float64, requires_grad=True) for h in (6, 2, 2))
+    t = torch.arange(201)
+    keep = (t <= t[:, None]) & (t > t[:, None] - window)
+    fast, slow = common.attend_window(q, k, v, window), common.attend(q, k, v, keep)
+    close(fast, slow)
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), (q, k, v)) for y in (fast, slow)), strict=True):
+        close(a, b, 1e-10)
+
+
+def choose_by_hand(p, t, cut):
+    """The selection of one query by loops over blocks, from probabilities (N) of its compressed blocks."""
+    own, scores = t // cut.select_block, {}
+    for j in range(own):
+        begin, end, total, touched = j * cut.select_block, (j + 1) * cut.select_block, 0.0, False
+        for i, weight in enumerate(p.tolist()):
+            a, b = i * cut.compress_stride, i * cut.compress_stride + cut.compress_block
+            shared = min(b, end) - max(a, begin)
+            if b <= t + 1 and shared > 0:
+                total, touched = total + weight * shared / cut.compress_stride, True
+        forced = (3, 0) if cut.first_block and j == 0 else (2, j) if own - j <= cut.local_blocks else None
+        scores[j] = forced or ((1, total, j) if touched else (0, j))
+    best = sorted(scores, key=scores.get, reverse=True)[:cut.n_selected]
+    return best + [-1] * (cut.n_selected - len(best))
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_selection_equals_loops_over_blocks(cut):
+    torch.manual_seed(0)
+    t = torch.arange(150)[:, None]
+    n = cut.finished(149)
+    p = torch.rand(150, n).double().masked_fill(torch.arange(n) >= cut.finished(t), 0)
+    chosen = common.choose_blocks(common.importance(p, cut, 150 // cut.select_block + 1), t, cut)
+    assert chosen.tolist() == [choose_by_hand(p[i], i, cut) for i in range(150)]
+
+
+def test_all_blocks_selected_is_full_attention():
+    cut = common.Cut(n_selected=99)
+    inputs = sparse_inputs(2, 2, 2, 100, 8, cut, 0)
+    inputs[6] = torch.tensor([0.0, 1.0, 0.0]).double().expand(2, 100, 4, 3)
+    full = common.attend(*inputs[1:4], torch.ones(100, 100, dtype=torch.bool).tril())
+    close(common.attend_sparse(*inputs, cut), full)
+    inputs[6] = torch.tensor([0.0, 0.0, 1.0]).double().expand(2, 100, 4, 3)
+    close(common.attend_sparse(*inputs, common.Cut(window=100)), full)
+
+
+@pytest.mark.parametrize("T", [16, 33, 200])
+def test_sparse_attention_never_looks_ahead(T):
+    cut = common.Cut(compress_stride=8, window=20)
+    net = sparse_lm(n_layers=1, seq_len=200, sparse=dict(compress_stride=8, window=20))
+    ids = torch.randint(3, 300, (1, T))
+    with torch.no_grad():
+        before = net.hidden(ids)[0]
+        for at in {T - 1, T // 2, 15, 14}:
+            changed = ids.clone()
+            changed[0, at] = 299 - changed[0, at]
+            after = net.hidden(changed)[0]
+            assert torch.equal(before[:, :at], after[:, :at]) and not torch.equal(before[:, at], after[:, at])
+    assert cut.finished(14) == 0 and cut.finished(15) == 1 and cut.finished(22) == 1 and cut.finished(23) == 2
+
+
+def test_straight_through_gates_train_the_selection():
+    """With the compressed branch shut, its keys still learn which blocks to choose."""
+    cut = common.Cut(n_selected=1)
+    inputs = sparse_inputs(1, 1, 2, 80, 8, cut, 0)
+    inputs[6] = torch.tensor([0.0, 1.0, 0.0]).double().expand(1, 80, 2, 3)
+    q, ck, cv = torch.autograd.grad(common.attend_sparse(*inputs, cut).square().sum(),
+                                    [inputs[0], inputs[4], inputs[5]])
+    assert q[:, :, 32:].abs().min() > 0 and ck[:, :, 0].abs().min() > 0 and not cv.any()
+
+
+SPARSE = [dict(), dict(compress_stride=8, n_memory=2),
+          dict(compress_block=8, compress_stride=4, select_block=8, n_selected=3, window=9, first_block=True,
+               local_blocks=1, compression="pool"),
+          dict(compress_block=32, compress_stride=16, n_selected=1, window=20, compression="conv",
+               n_memory=1)]
+
+
+def sparse_lm(attention="nsa", **changes):
+    net = tiny_lm(attention=attention, **changes)
+    for p in net.parameters():
+        if p.ndim > 2:
+            torch.nn.init.normal_(p, std=0.3)
+    return net.eval()
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("attention, sparse", [("window", dict(window=5)), *(("nsa", s) for s in SPARSE)])
+def test_sparse_reading_equals_the_parallel_pass_at_every_position(attention, sparse, joined):
+    net = sparse_lm(attention, sparse=sparse)
+    ids = torch.randint(3, 300, (3, 120))
+    with torch.no_grad():
+        parallel = net.hidden(ids)[0]
+        if joined:
+            net = common.for_inference(net, torch.float64)
+        for lengths in (*([n] * 3 for n in (1, 2, 15, 16, 17, 32, 33, 40)), [5, 17, 32]):
+            cache, begin = common.Cache(net, 3, 120), torch.zeros(3, max(lengths), dtype=torch.long)
+            for row, n in enumerate(lengths):
+                begin[row, :n] = ids[row, :n]
+            last = net.read(begin, lengths, cache)
+            for more in range(120 - max(lengths)):
+                at = [n + more for n in lengths]
+                close(last, torch.stack([parallel[row, n - 1] for row, n in enumerate(at)]), 1e-11)
+                following = torch.stack([ids[row, n] for row, n in enumerate(at)])[:, None]
+                last = net.read(following, [1] * 3, cache)
+
+
+@pytest.mark.parametrize("attention, sparse", [("window", dict(window=5)), *(("nsa", s) for s in SPARSE)])
+def test_sparse_attention_respects_documents(attention, sparse):
+    net = sparse_lm(attention, sparse=sparse).train()
+    docs = torch.zeros(2, 100, dtype=torch.long)
+    docs[0, 37:], docs[0, 90:], docs[1, 3:], docs[1, 80:] = 1, -1, 1, 2
+    ids, targets = torch.randint(3, 300, (2, 2, 100)).unbind()
+    targets = targets.masked_fill(docs < 0, common.IGNORE)
+    packed = net(ids, docs, targets)[0]
+    grads = torch.autograd.grad(packed, net.parameters())
+    alone = sum(net(ids[r:r + 1, a:b], docs[r:r + 1, a:b] * 0, targets[r:r + 1, a:b])[0]
+                for r, a, b in [(0, 0, 37), (0, 37, 90), (1, 0, 3), (1, 3, 80), (1, 80, 100)])
+    close(packed, alone, 1e-11)
+    for a, b in zip(grads, torch.autograd.grad(alone, net.parameters()), strict=True):
+        close(a, b, 1e-9)
+
+
+def test_sparse_grouped_heads_equal_repeated_heads():
+    """A group that shares keys and selection equals a model of one group as wide, head by head."""
+    cut = common.Cut()
+    inputs = sparse_inputs(2, 1, 3, 90, 8, cut, 0)
+    two = [torch.cat([x, x.flip(0)], 2 if i == 6 else 1) for i, x in enumerate(inputs)]
+    one, other = common.attend_sparse(*inputs, cut), common.attend_sparse(*(x.flip(0) for x in inputs), cut)
+    close(common.attend_sparse(*two, cut), torch.cat([one, other], 1))
+
+
+def test_bfloat16_sparse_attention_is_near_float64():
+    cut = common.Cut()
+    inputs = sparse_inputs(1, 2, 2, 600, 32, cut, 0)
+    exact = common.attend_sparse(*inputs, cut)
+    rough = common.attend_sparse(*(x.detach().bfloat16() for x in inputs), cut).double()
+    assert ((rough - exact).norm() / exact.norm()) < 0.08                # some queries choose another block
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(compress_stride=5), "COMPRESS_BLOCK 16 must be a positive multiple of 5"),
+    (dict(select_block=24), "SELECT_BLOCK 24 must be a positive multiple of 16"),
+    (dict(window=0), "WINDOW 0 must be a positive multiple of 1"),
+    (dict(n_selected=0), "N_SELECTED 0 must be"),
+    (dict(local_blocks=5), "LOCAL_BLOCKS 5 must be between 0 and 4"),
+    (dict(compression="mean"), "COMPRESSION 'mean' is not one of mlp, pool, conv"),
+    (dict(n_memory=-1), "N_MEMORY -1 must be at least 0"),
+])
+def test_cuts_that_do_not_fit_are_one_sentence(changes, message):
+    with pytest.raises(common.BadInput) as error:
+        tiny_lm(attention="nsa", sparse=changes)
+    assert message in str(error.value)
+
+
 # Generation.
 
 @pytest.mark.parametrize("joined", [False, True])
@@ -899,6 +1100,8 @@ def unigram_nats(tokens):
         dict(DTYPE="bfloat16"),
         dict(DTYPE="float16", OPTIMIZER="adamw"),
         dict(TIED=False, QK_NORM=False, DROPOUT=0.05),
+        dict(ATTENTION="nsa", WINDOW=16),
+        dict(ATTENTION="window", WINDOW=16),
     ],
     ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()) or "default",
 )
@@ -918,6 +1121,113 @@ def test_training_learns_well_below_unigrams(train, tokens, tmp_path, constants)
         "tokenizer.json",
     ):
         assert (tmp_path / "run" / name).stat().st_size > 0
+
+
+@pytest.fixture
+def train_bytes(train, tmp_path):
+    """Run train_nsa_enwik8.main() on 40,000 bytes of a repetitive text."""
+    rng = np.random.default_rng(0)
+    words = [bytes(rng.integers(97, 123, 4).tolist()) for _ in range(30)]
+    path = tmp_path / "bytes"
+    path.write_bytes(b" ".join(words[i] for i in rng.integers(0, 30, 8_000)))
+    tiny = dict(DATA=str(path), N_HEADS=2, N_KV_HEADS=1, HEAD_DIM=16, SEQ_LEN=100, OPTIMIZER="adamw", LR=1e-2,
+                EVAL_BYTES=1000, SAMPLE_LEN=40)
+    return lambda **constants: train(train_nsa_enwik8, **{**tiny, **constants})
+
+
+@pytest.mark.parametrize("attention", ["nsa", "full", "window"])
+def test_byte_model_learns_below_byte_frequencies(train_bytes, tmp_path, attention, capsys):
+    found = train_bytes(ATTENTION=attention, STEPS=120, SAMPLE_EVERY=30)
+    data = np.frombuffer((tmp_path / "bytes").read_bytes(), np.uint8)
+    p = np.bincount(data) / len(data)
+    entropy = -(p[p > 0] * np.log2(p[p > 0])).sum()                      # bits a byte by frequencies alone
+    assert found["bits_per_byte"] < 0.75 * entropy and found["test_bits_per_byte"] < 0.75 * entropy
+    assert found["bytes"] == len(data) // 20 - 1 == found["test_bytes"]  # whole splits, but the first byte
+    assert "sample | " in capsys.readouterr().out
+    unseen = tmp_path / "unseen.gz"
+    unseen.write_bytes(gzip.compress(data[-found["test_bytes"] - 1:].tobytes()))
+    scored = train_bytes(EVAL=str(unseen))
+    assert scored == {k: pytest.approx(found[f"test_{k}"]) for k in ("bytes", "bits_per_byte")}
+    assert json.loads((tmp_path / "run/eval.json").read_text()) == scored
+
+
+def test_interrupted_byte_model_goes_on_bit_for_bit(train_bytes, tmp_path):
+    train_bytes(OUT=str(tmp_path / "whole"))
+    with pytest.raises(SystemExit):
+        interrupted(train_bytes, 6)
+    train_bytes()
+    same_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+
+
+def test_one_process_and_two_train_the_same_sparse_model(train_bytes, tmp_path):
+    train_bytes(OUT=str(tmp_path / "one"))
+    constants = common.load(tmp_path / "one/checkpoint.pt")["constants"]
+    del constants["OUT"]
+    words = [*(f"{k}={v}" for k, v in constants.items()), f"OUT={tmp_path / 'two'}"]
+    finish(launch("train_nsa_enwik8.py", *words, ranks=2))
+    same_weights(weights(tmp_path / "one"), weights(tmp_path / "two"), 2e-5)
+
+
+@pytest.mark.parametrize("name, data, message", [
+    ("few", b"abc", "has 3 bytes: too few for SPLIT"), ("none", b"", "is empty"),
+    ("cut.gz", gzip.compress(b"some text " * 500)[:-20], "cut.gz is cut short or damaged"),
+    ("no.zip", b"not a zip", "no.zip is cut short or damaged"), ("absent", None, "there is no file"),
+])
+def test_unusable_bytes_are_one_sentence(train_bytes, tmp_path, name, data, message):
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(common.BadInput) as error:
+        train_bytes(DATA=str(tmp_path / name))
+    assert message in str(error.value)
+
+
+def test_windows_and_blocks_beyond_the_sequence_work(train_bytes):
+    found = train_bytes(WINDOW=1000, COMPRESS_BLOCK=256, COMPRESS_STRIDE=256, SELECT_BLOCK=256, N_SELECTED=5,
+                        STEPS=3)
+    assert math.isfinite(found["bits_per_byte"])
+
+
+def test_enwik8_is_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_enwik8, "OUT", str(tmp_path / "enwik8"))
+    for data, message in ((b"x" * 10, "holds 10 bytes; enwik8 has"), (bytes(50), "not its checksum")):
+        (tmp_path / "enwik8.gz").write_bytes(gzip.compress(data))
+        monkeypatch.setattr(prepare_enwik8, "DATA", str(tmp_path / "enwik8.gz"))
+        monkeypatch.setattr(prepare_enwik8, "SIZE", 50 if len(data) == 50 else 100_000_000)
+        with pytest.raises(common.BadInput, match=message):
+            prepare_enwik8.main()
+        assert not (tmp_path / "enwik8/enwik8").exists()
+    monkeypatch.setattr(prepare_enwik8, "SHA1", __import__("hashlib").sha1(bytes(50)).hexdigest())
+    prepare_enwik8.main()
+    assert (tmp_path / "enwik8/enwik8").read_bytes() == bytes(50)
+
+
+def test_an_interrupted_download_goes_on_where_it_was(tmp_path):
+    """Against a server of our own that breaks off once and honours ranges."""
+    import http.server
+    import threading
+    content, asked = bytes(range(256)) * 1000, []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            begin = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+            asked.append(begin)
+            self.send_response(206 if begin else 200)
+            self.send_header("Content-Length", str(len(content) - begin))
+            self.end_headers()
+            self.wfile.write(content[begin:] if begin else content[:100_000])
+
+        def log_message(self, *_):
+            pass
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url, path = f"http://127.0.0.1:{server.server_port}/enwik8.zip", tmp_path / "enwik8.zip"
+    with pytest.raises(common.BadInput, match="run the same command again|run again"):
+        prepare_enwik8.download(url, path)
+    assert not path.exists()
+    prepare_enwik8.download(url, path)
+    server.shutdown()
+    assert path.read_bytes() == content and asked == [0, 100_000]
 
 
 def test_samples_are_shown_kept_and_do_not_change_the_run(train, tmp_path, capsys):
@@ -1142,7 +1452,9 @@ def test_two_runs_do_not_share_a_folder(train, tmp_path):
         (dict(N_HEADS=3), "N_HEADS 3 must be a positive multiple of 2"),
         (dict(DIM=30), "DIM 30 is not a multiple of N_HEADS 4"),
         (dict(MODEL="rnn"), "MODEL 'rnn' is neither lm nor classic"),
-        (dict(OPTIMIZER="sgd"), "OPTIMIZER 'sgd' is neither"),
+        (dict(OPTIMIZER="sgd"), "OPTIMIZER 'sgd' is not one of muon, adamw, adam"),
+        (dict(ATTENTION="nas"), "ATTENTION 'nas' is not one of full, window, nsa"),
+        (dict(ATTENTION="nsa", COMPRESS_STRIDE=3), "COMPRESS_BLOCK 16 must be a positive multiple of 3"),
         (dict(DTYPE="int8"), "DTYPE 'int8' is not one of auto"),
         (dict(WANDB="on"), "WANDB 'on' is not one of disabled"),
         (dict(SCHEDULE="flat"), "SCHEDULE 'flat' is neither"),

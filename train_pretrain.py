@@ -42,6 +42,13 @@ N_HEADS = 0           # query heads; 0 = 4 (lm), 12 (classic)
 N_KV_HEADS = 2        # key/value heads that the query heads share (lm)
 HEAD_DIM = 0          # width of a head (lm); 0 = DIM / N_HEADS
 HIDDEN_DIM = 0        # width inside the MLP; 0 = 8/3 DIM up to a multiple of 64 (lm), 3072 (classic)
+ATTENTION = "full"    # "nsa": native sparse attention, "window": the last WINDOW tokens only (lm)
+WINDOW = 64           # tokens of the sliding window
+COMPRESS_BLOCK = 16   # nsa: tokens a compressed block
+COMPRESS_STRIDE = 16  # nsa: tokens between their beginnings
+COMPRESSION = "mlp"   # nsa: "mlp", "pool", "conv"
+SELECT_BLOCK = 16     # nsa: tokens a selected block
+N_SELECTED = 4        # nsa: blocks a query selects, besides its own
 TIED = True           # head = embedding (lm)
 QK_NORM = True        # RMSNorm on queries and keys (lm); Qwen3 has it
 THETA = 1e6           # base of the rotary angles (lm)
@@ -152,40 +159,12 @@ def make_model(vocab_size):
                               SEQ_LEN, DROPOUT)
     if MODEL != "lm":
         raise common.BadInput(f"MODEL {MODEL!r} is neither lm nor classic")
+    sparse = {"nsa": dict(window=WINDOW, compress_block=COMPRESS_BLOCK, compress_stride=COMPRESS_STRIDE,
+                          compression=COMPRESSION, select_block=SELECT_BLOCK, n_selected=N_SELECTED),
+              "window": {"window": WINDOW}}.get(ATTENTION)
     return common.LM(vocab_size, DIM or 256, N_LAYERS or 6, N_HEADS or 4, N_KV_HEADS, HEAD_DIM, HIDDEN_DIM,
                      SEQ_LEN, THETA, tied=TIED, qk_norm=QK_NORM, dropout=DROPOUT, n_experts=N_EXPERTS,
-                     n_active=N_ACTIVE, n_shared=N_SHARED)
-
-
-def make_optimizers(model):
-    """Muon for the matrices inside the layers (routers excepted), AdamW for the rest; or AdamW for all."""
-    inner = {p for name, p in model.layers.named_parameters() if p.ndim == 2 and "router" not in name}
-    rest = [p for p in model.parameters() if p not in inner]
-    inner = [p for p in model.parameters() if p in inner]
-    adamw = dict(lr=LR, betas=(0.9, 0.95), fused=True)
-    vectors = {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}
-    tables = {"params": [p for p in rest if p.ndim >= 2], "weight_decay": WEIGHT_DECAY}
-    if OPTIMIZER == "adamw":
-        made = [
-            torch.optim.AdamW([{"params": inner, "weight_decay": WEIGHT_DECAY}, tables, vectors], **adamw)
-        ]
-    elif OPTIMIZER == "muon":
-        made = [torch.optim.Muon(inner, lr=MUON_LR, weight_decay=WEIGHT_DECAY),
-                torch.optim.AdamW([tables, vectors], **adamw)]
-    else:
-        raise common.BadInput(f"OPTIMIZER {OPTIMIZER!r} is neither muon nor adamw")
-    common.owned_once(model, made)
-    for optimizer in made:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
-    return made
-
-
-def wants_compile(model):
-    if COMPILE not in ("auto", "yes", "no"):
-        raise common.BadInput(f"COMPILE {COMPILE!r} is not one of auto, yes, no")
-    fits = isinstance(model, common.LM) and not model.sizes["n_experts"]  # experts' shares always change
-    return fits and (COMPILE == "yes" or COMPILE == "auto" and STEPS >= 200 and bool(shutil.which("g++")))
+                     n_active=N_ACTIVE, n_shared=N_SHARED, attention=ATTENTION, sparse=sparse)
 
 
 @torch.no_grad()
@@ -228,10 +207,7 @@ def score():
     table = common.token_bytes(common.load_tokenizer(tokenizer))
     found = evaluate(run, model, Rows(folder, "valid", model.sizes["seq_len"]), table)
     found["bad_rows"] = json.loads((folder / "meta.json").read_text())["bad_rows"]
-    if run.first:
-        common.write_whole(
-            Path(OUT) / "eval.json", lambda file: file.write(json.dumps(found, indent=1).encode())
-        )
+    common.write_result(run, OUT, found)
     run.say(f"{EVAL}: " + common.line_of(None, found))
     common.stop(run)
     return found
@@ -280,7 +256,7 @@ def main():
         raise common.BadInput(
             f"INIT {INIT} has {model.sizes['vocab_size']} tokens, its tokenizer {len(table)}"
         )
-    optimizers = make_optimizers(model)
+    optimizers = common.make_optimizers(model, OPTIMIZER, LR, MUON_LR, WEIGHT_DECAY)
     constants = common.literals(globals())
     fingerprint = f"{meta['fingerprint']} {json.loads((held / 'meta.json').read_text())['fingerprint']}"
     found = common.resume(run, OUT, constants, RESUME, fingerprint)
@@ -290,10 +266,7 @@ def main():
         for name in ("tokenizer.json", "tokenizer_config.json"):
             if (folder / name).exists():
                 shutil.copy(folder / name, OUT)
-    if wants_compile(model):
-        torch._dynamo.config.suppress_errors = COMPILE == "auto"  # a broken compiler costs speed, not the run
-        for layer in model.layers:
-            layer.compile()  # one layer is compiled, all use it
+    common.compile_layers(model, COMPILE, STEPS)
     net = run.wrap(model)  # model: saved, evaluated, sampled; net: called by the loss only
     record = common.Record(run, OUT, STEPS, first, WANDB, constants, state)
     parameters = sum(p.numel() for p in model.parameters())
