@@ -36,6 +36,7 @@ SEEDS = 3            # seeds in `learn`
 COMPILE = True       # compile our layers where a C++ compiler is there
 LENGTH = 512         # tokens a row
 ROWS = 4             # rows a forward; both models are fastest with few
+LONGEST = 16_384     # tokens in `nsa`; up to 65_536
 
 BIG = dict(dim=512, n_layers=8, n_heads=8, n_kv_heads=2, seq_len=512)  # 26M parameters at 6,400 tokens
 
@@ -97,6 +98,18 @@ class Twin(nn.Module):
         return loss, (targets != common.IGNORE).sum(), loss.new_zeros(())
 
 
+def as_shipped(work):
+    """The work with float32 products where torch, as it ships, leaves them: for baselines."""
+    def inner():
+        setting = torch.backends.mkldnn.matmul
+        ours, setting.fp32_precision = setting.fp32_precision, "none"
+        try:
+            return work()
+        finally:
+            setting.fp32_precision = ours
+    return inner
+
+
 def fastest(repeat, *works):
     """Seconds of the fastest of `repeat` runs of each work, taken in turns after one warm-up each."""
     for work in works:
@@ -149,7 +162,7 @@ def twin_trainer(model, batch):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return step
+    return as_shipped(step)
 
 
 def adamw(model):
@@ -381,7 +394,8 @@ def generate():
     alone, new, few = None, 128, 24  # the uncached loop is slow: its cheapest tokens stand for all
     for batch in (1, 8):
         uncached, = fastest(1, lambda b=batch: our_way(plain, b, 24, False))
-        base, mine = fastest(REPEAT, lambda b=batch: growing(b, 128), lambda b=batch: our_way(fast, b, 128))
+        base, mine = fastest(REPEAT, as_shipped(lambda b=batch: growing(b, 128)),
+                             lambda b=batch: our_way(fast, b, 128))
         rate = batch * new / mine
         alone = alone or rate
         rows.append(
@@ -488,7 +502,138 @@ def unpacked(ids, docs, targets):
     return out, torch.zeros_like(out), answers
 
 
-BENCHMARKS = (limits, train, memory, tokenize, startup, generate, learn)
+class PlainAttention(common.Attention):
+    """The same projections around scaled_dot_product_attention."""
+
+    def forward(self, x, cos, sin, documents):
+        q, k, v = self.project(x, cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def backward_of(work, inputs):
+    """A function that does `work` and its gradients."""
+    grad = torch.randn_like(work())
+    return lambda: torch.autograd.grad(work(), inputs, grad)
+
+
+def seconds_of(length, *works):
+    return fastest(REPEAT if length < 8192 else max(1, REPEAT // 2) if length <= 16384 else 1, *works)
+
+
+def nsa():
+    """Native sparse against full attention: core, whole module, decoding; time and peak memory by length."""
+    run, rows, cut, (H, G, E) = common.start(0, "auto"), [], common.Cut(), (8, 4, 64)
+    lengths = [n for n in (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536) if n <= LONGEST]
+    for dtype in (torch.float32, torch.bfloat16):
+        for T in lengths:
+            B = 4 if T == 512 else 1
+            torch.manual_seed(0)
+
+            def tensor(heads, n, B=B, dtype=dtype):  # as a projection leaves them
+                return torch.randn(B, n, heads, E).to(dtype).to(run.device).transpose(1, 2).requires_grad_()
+            sizes = [(H, T), (H, T), (G, T), (G, T), (G, cut.finished(T - 1)), (G, cut.finished(T - 1))]
+            gates = torch.rand(B, T, H, 3).to(dtype).to(run.device).requires_grad_()
+            inputs = [*(tensor(*s) for s in sizes), gates]
+
+            def full(inputs=inputs):
+                return F.scaled_dot_product_attention(*inputs[1:4], is_causal=True, enable_gqa=True)
+
+            def ours(inputs=inputs):
+                return common.attend_sparse(*inputs, cut)
+            name = f"{B}×{T} {str(dtype)[6:]}"
+            with torch.no_grad():
+                base, mine = seconds_of(T, as_shipped(full), ours)
+            rows.append(row(f"core forward {name}", base * 1e3, mine * 1e3, "ms", base / mine))
+            works = backward_of(full, inputs[1:4]), backward_of(ours, inputs)
+            base, mine = seconds_of(T, as_shipped(works[0]), works[1])
+            rows.append(row(f"core forward+backward {name}", base * 1e3, mine * 1e3, "ms", base / mine))
+            base, mine = (peak_of(work) / 2**20 for work in works)
+            rows.append(row(f"core forward+backward {name} peak", base, mine, "MiB", base / mine))
+            print(rows[-2], rows[-1], flush=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        for T in lengths:
+            rows += module_rows(run, T, dtype)
+            print(rows[-1], flush=True)
+    rows += [decode_row(T, dtype) for dtype in (torch.float32, torch.bfloat16) for T in lengths]
+    plot_lengths(rows)
+    common.stop(run)
+    return rows
+
+
+def module_rows(run, T, dtype):
+    """The whole module (dim 512) with its projections and compression, forward+backward."""
+    B, rope = 4 if T == 512 else 1, common.rope_table(64, T).to(run.device)
+    documents = common.Documents(torch.zeros(B, T, dtype=torch.long, device=run.device))
+    x = torch.randn(B, T, 512, device=run.device).requires_grad_()
+
+    def work_of(kind):
+        torch.manual_seed(0)
+        module = kind(512, 8, 4, 64).to(run.device)
+
+        def work():
+            with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+                y = module(x, rope[0][documents.positions], rope[1][documents.positions], documents)
+            y.float().square().sum().backward()
+            module.zero_grad()
+            x.grad = None
+        return work
+    works = [work_of(kind) for kind in (PlainAttention, common.NativeSparseAttention)]
+    base, mine = seconds_of(T, as_shipped(works[0]), works[1])
+    name = f"module forward+backward {B}×{T} {str(dtype)[6:]}"
+    memory = [peak_of(work) / 2**20 for work in works]
+    return [row(name, base * 1e3, mine * 1e3, "ms", base / mine),
+            row(name + " peak", *memory, "MiB", memory[0] / memory[1])]
+
+
+def decode_row(T, dtype):
+    """Milliseconds for one token of one layer behind T others, everything but the MLP."""
+    seconds = []
+    for kind in (common.Attention, common.NativeSparseAttention):
+        torch.manual_seed(0)
+        module = kind(512, 8, 4, 64).to(dtype).eval().requires_grad_(False)
+        module.join()
+        memory = module.memory(1, T + 1, module.out.weight)
+        for x in memory.values():
+            x.normal_()
+        x, rope = torch.randn(1, 1, 512).to(dtype), common.rope_table(64, T + 1)[:, None, T:]
+        reading = common.Reading([T], [1], torch.tensor([[T]]), None)
+
+        def work(module=module, memory=memory, x=x, rope=rope, reading=reading):
+            with torch.inference_mode():
+                for _ in range(20):
+                    module.cached(x, rope[0], rope[1], memory, reading)
+        seconds.append(work)
+    base, mine = (s / 20 for s in fastest(REPEAT, as_shipped(seconds[0]), seconds[1]))
+    return row(f"decode a token behind {T} {str(dtype)[6:]}", base * 1e3, mine * 1e3, "ms", base / mine)
+
+
+def plot_lengths(rows):
+    """out/bench/nsa.png: milliseconds by length, full and sparse."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    kinds = ("core forward+backward", "module forward+backward", "decode a token behind")
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.4))
+    for axis, kind in zip(axes, kinds, strict=True):
+        for dtype in ("float32", "bfloat16"):
+            found = [r for r in rows if r["work"].startswith(kind) and r["unit"] == "ms"
+                     and dtype in r["work"]]
+            if found:
+                x = [int(r["work"].removeprefix(kind).split()[0].split("×")[-1]) for r in found]
+                for key, style in (("baseline", "--"), ("ours", "-")):
+                    label = f"{'full' if key == 'baseline' else 'nsa'} {dtype}"
+                    axis.loglog(x, [r[key] for r in found], "o" + style, label=label, markersize=3)
+        axis.set(title=kind, xlabel="tokens", ylabel="ms")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.tight_layout()
+    Path("out/bench").mkdir(parents=True, exist_ok=True)
+    figure.savefig("out/bench/nsa.png", dpi=110)
+    pyplot.close(figure)
+
+
+BENCHMARKS = (limits, train, memory, tokenize, startup, generate, learn, nsa)
 
 
 def main():

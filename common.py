@@ -242,6 +242,31 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else torch.float32
 
 
+def _onednn_setting():
+    return getattr(torch.backends.mkldnn, "matmul", None)  # where fp32_precision lives
+
+
+@functools.cache
+def _onednn_is_exact() -> bool:
+    """Whether oneDNN multiplies float32 at full precision here when it may round to bfloat16, as it does with
+    AMX.
+
+    torch leaves float32 products to MKL unless that is allowed; on AMD cores oneDNN is twice as fast, with
+    small batched ones up to four times.
+    """
+    a, b = (torch.randn(8, 64, 64, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    true = a.double() @ b.double()
+    setting = _onednn_setting()
+    if setting is None or not torch.backends.mkldnn.is_available():
+        return False
+    before, setting.fp32_precision = setting.fp32_precision, "bf16"
+    try:
+        return all(float((x - true).abs().max()) < 1e-5 * float(true.abs().max())
+                   for x in (torch.bmm(a, b), torch.bmm(a.mT.contiguous().mT, b)))
+    finally:
+        setting.fp32_precision = before
+
+
 def start(seed: int, dtype: str = "auto") -> Run:
     """Join the other processes (as torchrun's environment says), choose device and precision, catch stop
     signals."""
@@ -261,6 +286,8 @@ def start(seed: int, dtype: str = "auto") -> Run:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         if local_world > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's cautious default
             torch.set_num_threads(max(1, cores // local_world))
+        if _onednn_is_exact():
+            _onednn_setting().fp32_precision = "bf16"  # allowed, not done: see there
     if world > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
@@ -994,31 +1021,10 @@ def _flex() -> tuple[Callable, Callable]:
     return _flex.made
 
 
-def _onednn_setting():
-    return getattr(torch.backends.mkldnn, "matmul", None)  # where fp32_precision lives
-
-
-@functools.cache
-def _onednn_is_exact() -> bool:
-    """Whether oneDNN multiplies float32 at full precision here; with AMX it might round to bfloat16."""
-    a, b = (torch.randn(8, 64, 64, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
-    true = a.double() @ b.double()
-    setting = _onednn_setting()
-    if setting is None or not torch.backends.mkldnn.is_available():
-        return False
-    before, setting.fp32_precision = setting.fp32_precision, "bf16"
-    try:
-        return all(float((x - true).abs().max()) < 1e-5 * float(true.abs().max())
-                   for x in (torch.bmm(a, b), torch.bmm(a.mT.contiguous().mT, b)))
-    finally:
-        setting.fp32_precision = before
-
-
 def exact_products(method: Callable) -> Callable:
     """The method of an autograd.Function, its float32 products on a CPU by oneDNN where these are exact.
 
-    torch keeps them in MKL unless asked to allow bfloat16; small batched ones are 2 to 4 times as fast in
-    oneDNN (two AVX512 cores of AMD), and with no AMX the results are float32 all the same.
+    `start` asks for the same everywhere; this holds in programs without it.
     """
     @functools.wraps(method)
     def inner(ctx, x, *rest):
@@ -1450,6 +1456,16 @@ class Cut:
                   SELECT_BLOCK=(self.select_block, self.compress_stride))
         within(0, self.n_selected - self.first_block, LOCAL_BLOCKS=self.local_blocks)
 
+    @property
+    def plain(self) -> bool:
+        """Whether every block before a query's own has a score of its own and none is always chosen."""
+        even = self.compress_block == self.compress_stride == self.select_block
+        return even and not self.first_block and not self.local_blocks
+
+    def fits_flex(self) -> bool:
+        """Whether flex_attention has tiles of the size of the selection blocks."""
+        return self.select_block >= 16 and self.select_block & (self.select_block - 1) == 0
+
     def finished(self, t: Tensor | int) -> Tensor | int:
         """Compressed blocks that query t sees: those whose last token is t or before it."""
         number = (t + 1 - self.compress_block) // self.compress_stride + 1
@@ -1480,6 +1496,8 @@ def choose_blocks(scores: Tensor, t: Tensor, cut: Cut, settled: int = 0) -> Tens
     of them come after all others. Columns below `settled` are known to be candidates with scores.
     """
     S, K = scores.shape[-1], min(cut.n_selected, scores.shape[-1])
+    if settled == S and cut.plain:
+        return F.pad(scores.topk(K, -1).indices, (0, cut.n_selected - K), value=-1)
     block = torch.arange(settled, S, device=scores.device)
     own = t // cut.select_block
     touched = ((cut.finished(t) - 1) * cut.compress_stride + cut.compress_block)
@@ -1543,7 +1561,71 @@ def attend_sparse(q: Tensor, turned: Tensor, k: Tensor, v: Tensor, ck: Tensor, c
     the sum of their probabilities; a straight-through factor on each chosen block's weights trains it. Plain
     torch, memory O(T).
     """
+    if q.device.type == "cuda" and cut.fits_flex() and q.shape[2] % 128 == 0:  # not prompts
+        return attend_sparse_flex(q, turned, k, v, ck, cv, gates, cut)
     return _SparseAttention.apply(q, turned, k, v, ck, cv, gates, cut)
+
+
+def attend_sparse_flex(q: Tensor, turned: Tensor, k: Tensor, v: Tensor, ck: Tensor, cv: Tensor, gates: Tensor,
+                       cut: Cut) -> Tensor:
+    """`attend_sparse` with selected and window branches by compiled flex_attention (arXiv 2412.05496).
+
+    Its block masks come straight from the chosen blocks. On a CPU forward only, and there a third as fast. A
+    score that is zero carries the straight-through gradient to the compressed branch.
+    """
+    compressed, chosen, scores = _CompressedAttention.apply(q, ck, cv, cut)
+    (B, H, T, E), G = q.shape, k.shape[1]
+    turned, k, v = turned.reshape(B * G, H // G, T, E), k.reshape(B * G, 1, T, E), v.reshape(B * G, 1, T, E)
+    chosen, scores, S = chosen.flatten(0, 1), scores.flatten(0, 1), cut.select_block
+
+    def keep(b, h, t, s):
+        hit = (s // S == t // S) & (s <= t)
+        for i in range(cut.n_selected):
+            hit = hit | (chosen[b, t, i] == s // S)
+        return hit
+
+    def factor(score, b, h, t, s):
+        for i in range(cut.n_selected):
+            score = score + torch.where(chosen[b, t, i] == s // S, scores[b, t, i], 0.0)
+        return score
+    attend_blocks, train = _flex()[0], torch.is_grad_enabled() and turned.requires_grad
+    mask = _chosen_mask(chosen, cut, keep, train)
+    selected = attend_blocks(turned, k, v, factor if train else None, mask, enable_gqa=True)
+    window = attend_blocks(turned, k, v, block_mask=_window_mask(T, cut.window, q.device), enable_gqa=True)
+    parts = torch.stack([compressed, selected.view_as(compressed), window.view_as(compressed)], -1)
+    return (parts * gates.transpose(1, 2)[..., None, :]).sum(-1)
+
+
+def _chosen_mask(chosen: Tensor, cut: Cut, keep: Callable, train: bool):
+    """BlockMask of the blocks that each span of select_block queries chose (B, T, K), and its own."""
+    from torch.nn.attention.flex_attention import BlockMask
+    (B, T, K), S = chosen.shape, cut.select_block
+    N = -(-T // S)
+    own = torch.arange(N, device=chosen.device, dtype=torch.int32)[None, :, None].expand(B, -1, 1)
+    wanted = F.pad(chosen, (0, 0, 0, N * S - T), value=-1).view(B, N, S * K)
+    wanted = torch.cat([torch.where(wanted < 0, own, wanted), own], -1).sort(-1).values
+    again = torch.zeros_like(wanted, dtype=torch.bool)
+    again[..., 1:] = wanted[..., 1:] == wanted[..., :-1]
+    wanted = wanted.masked_fill(again, N).sort(-1).values                  # each block once, in order
+    count = (~again).sum(-1, dtype=torch.int32)
+    wanted = F.pad(wanted, (0, max(0, N - wanted.shape[-1])))[..., :N].clamp(max=N - 1)
+    return BlockMask.from_kv_blocks(count[:, None], wanted[:, None].int(), BLOCK_SIZE=S, mask_mod=keep,
+                                    seq_lengths=(T, T), compute_q_blocks=train)
+
+
+@functools.lru_cache(maxsize=16)
+def _window_mask(T: int, window: int, device: torch.device):
+    """BlockMask of a sliding window, built from block indices: no (T, T) tensor."""
+    from torch.nn.attention.flex_attention import BlockMask
+    N, wide = -(-T // 128), -(-(window - 1) // 128) + 1
+    row = torch.arange(N, device=device, dtype=torch.int32)
+    count = (row + 1).clamp(max=wide)
+    first = row - count + 1
+    index = (first[:, None] + torch.arange(N, device=device, dtype=torch.int32)).clamp(max=N - 1)
+
+    def keep(b, h, t, s):
+        return (s <= t) & (s > t - window)
+    return BlockMask.from_kv_blocks(count[None, None], index[None, None], mask_mod=keep, seq_lengths=(T, T))
 
 
 class _SparseAttention(torch.autograd.Function):
@@ -1668,6 +1750,31 @@ def _compressed_backward(q, ck, cv, gate, cut, dout, chosen, dscores, dq, dck, d
         _add_span(dq, begin, end, _scaled_bmm(dp, ck.flatten(0, 1)[:, :n], E ** -0.5))
 
 
+class _CompressedAttention(torch.autograd.Function):
+    """The ungated compressed branch (B, H, T, E), the blocks (B, G, T, K) that it chooses, and for each of
+    these a zero whose gradient goes to its score."""
+
+    @staticmethod
+    def forward(ctx, q, ck, cv, cut):
+        q = _by_group(q, ck.shape[1])
+        out = torch.zeros_like(q)
+        chosen = _compressed(q, ck, cv, q.new_ones(1).expand(*q.shape[:4], 1), cut, out)
+        ctx.save_for_backward(q, ck, cv, chosen)
+        ctx.cut = cut
+        ctx.mark_non_differentiable(chosen)
+        return out.flatten(2, 3).transpose(1, 2), chosen, q.new_zeros(chosen.shape)
+
+    @staticmethod
+    def backward(ctx, dout, _, dscores):
+        q, ck, cv, chosen = ctx.saved_tensors
+        wide = torch.promote_types(q.dtype, torch.float32)
+        dq, dck, dcv = torch.zeros_like(q), *(x.new_zeros(x.shape, dtype=wide) for x in (ck, cv))
+        one = q.new_ones(1).expand(*q.shape[:4], 1)
+        dout, unused = _by_group(dout, ck.shape[1]), q.new_empty(q.shape[:4])
+        _compressed_backward(q, ck, cv, one, ctx.cut, dout, chosen, dscores, dq, dck, dcv, unused)
+        return dq.flatten(2, 3).transpose(1, 2), dck.to(ck.dtype), dcv.to(cv.dtype), None
+
+
 # 7.2 Selected blocks: (query, block) pairs sorted by block, in tiles of some queries against one block.
 
 class _Pairs:
@@ -1756,7 +1863,7 @@ class _Pairs:
 def _pairs(chosen: Tensor, cut: Cut) -> Iterator[_Pairs]:
     """All pairs, part by part: whole rows, else one group of a row, else some of its queries."""
     B, G, T, K = chosen.shape
-    room = max(2048, B * G * T // 12)  # queries: enough to fill tiles, few enough to stay small beside q
+    room = max(2048 if B * G * T > 8192 else 4096, B * G * T // 16)  # queries: tiles full, yet small
     b, g, n = max(1, room // (G * T)), G if G * T <= room else 1, -(-T // -(-T // room))
     for row in range(0, B, b):
         for group in range(0, G, g):
@@ -1892,20 +1999,24 @@ class NativeSparseAttention(Attention):
 
     def join(self) -> None:
         """For inference: read x once for q, k, v and gates."""
-        self.joined = (fixed_linear(torch.cat([m.weight for m in (self.q, self.k, self.v, self.gates)])),
-                       fixed_linear(self.out.weight))
+        super().join()
+        weights = [m.weight for m in (self.q, self.k, self.v, self.gates)]
+        self.joined = fixed_linear(torch.cat(weights)), self.joined[1]
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         """q and q turned (B, T, H, E), k, k turned and v (B, T, G, E), gates (B, T, H, 3)."""
         H, G, E = self.n_heads, self.n_kv_heads, self.head_dim
         if self.joined is not None:
-            q, k, v, gates = self.joined[0](x).split([H * E, G * E, G * E, 3 * H], -1)
-            gates = gates + self.gates.bias
+            qk, v, gates = self.joined[0](x).split([(H + G) * E, G * E, 3 * H], -1)
+            qk, gates = qk.unflatten(-1, (-1, E)), gates + self.gates.bias
+            if self.joined_norm is not None:
+                qk = F.rms_norm(qk, (E,), None, self.norm_q.eps) * self.joined_norm
+            (q, k), (turned, turned_k) = (y.split([H, G], 2) for y in (qk, rotate(qk, cos, sin)))
         else:
-            q, k, v, gates = self.q(x), self.k(x), self.v(x), self.gates(x)
-        q, k, v = (y.unflatten(-1, (-1, E)) for y in (q, k, v))
-        q, k = self.norm_q(q), self.norm_k(k)
-        return q, rotate(q, cos, sin), k, rotate(k, cos, sin), v, gates.sigmoid().unflatten(-1, (H, 3))
+            q, k = (y.unflatten(-1, (-1, E)) for y in (self.q(x), self.k(x)))
+            q, k, v, gates = self.norm_q(q), self.norm_k(k), self.v(x), self.gates(x)
+            turned, turned_k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return q, turned, k, turned_k, v.unflatten(-1, (-1, E)), gates.sigmoid().unflatten(-1, (H, 3))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
         """x (B, T, D) → (B, T, D)."""
@@ -1936,11 +2047,11 @@ class NativeSparseAttention(Attention):
     def memory(self, rows: int, length: int, like: Tensor) -> dict[str, Tensor]:
         """Room for turned keys and values side by side, compressed ones, and the last block of plain keys."""
         G, E, cut = self.n_kv_heads, self.head_dim, self.cut
-        blocks = like.new_zeros(rows, G, self.n_memory + cut.finished(length - 1), 2 * E)
+        ck, cv = (like.new_zeros(rows, G, self.n_memory + cut.finished(length - 1), E) for _ in range(2))
         if self.n_memory:
-            blocks[:, :, :self.n_memory] = torch.cat(tuple(self.memories), -1)
+            ck[:, :, :self.n_memory], cv[:, :, :self.n_memory] = self.memories
         return {"kv": like.new_zeros(rows, G, -(-length // cut.select_block) * cut.select_block, 2 * E),
-                "blocks": blocks, "last": like.new_zeros(rows, G, cut.compress_block, E)}
+                "ck": ck, "cv": cv, "last": like.new_zeros(rows, G, cut.compress_block, E)}
 
     def cached(self, x: Tensor, cos: Tensor, sin: Tensor, memory: dict, reading: Reading) -> Tensor:
         """forward for T more tokens of each row, which are added to `memory`; T > 1 only when that is
@@ -1951,7 +2062,7 @@ class NativeSparseAttention(Attention):
         T, cut, M = x.shape[1], self.cut, self.n_memory
         if max(reading.before) == 0 and T > 1:  # a row's padding lies behind it: harmless, as all is causal
             ck, cv = self.compress(k, v, cut.finished(T - 1))
-            memory["blocks"][:, :, :ck.shape[2]] = torch.cat([ck, cv], -1)
+            memory["ck"][:, :, :ck.shape[2]], memory["cv"][:, :, :ck.shape[2]] = ck, cv
             end = torch.tensor(reading.lengths, device=x.device)[:, None]
             column = end - cut.compress_block + torch.arange(cut.compress_block, device=x.device)     # (B, L)
             rows = torch.arange(len(x), device=x.device)[:, None]
@@ -1965,9 +2076,10 @@ class NativeSparseAttention(Attention):
                 column = (begin + torch.arange(cut.compress_block)).to(x.device)
                 rows = torch.tensor(done, device=x.device)
                 values = memory["kv"][rows[:, None], :, column, self.head_dim:].transpose(1, 2)
-                block = torch.cat(self.compress(last[rows], values, 1, remember=False), -1)
+                ck, cv = self.compress(last[rows], values, 1, remember=False)
                 number = torch.tensor([M + cut.finished(reading.before[row]) - 1 for row in done])
-                memory["blocks"][rows, :, number.to(x.device)] = block[:, :, 0]
+                number = number.to(x.device)
+                memory["ck"][rows, :, number], memory["cv"][rows, :, number] = ck[:, :, 0], cv[:, :, 0]
             y = self.attend_one(q, turned, gates, memory, reading)
         else:
             raise ValueError("after the first, tokens are read one at a time with sparse attention")
@@ -1977,41 +2089,51 @@ class NativeSparseAttention(Attention):
         """`attend_sparse` for one query (B, H, 1, E) a row, behind what `memory` holds: its cost grows with
         the number of compressed blocks only."""
         (B, H, _, E), G, cut, S, device = q.shape, self.n_kv_heads, self.cut, self.cut.select_block, q.device
-        R = H // G
-        even = min(reading.before) == max(reading.before)
-        t = reading.columns[:, None]                                                    # (B, 1, 1)
+        R, t, kv = H // G, max(reading.before), memory["kv"]
+        even, own = min(reading.before) == t, t // cut.select_block
         wide = torch.promote_types(q.dtype, torch.float32)
-        n = self.n_memory + cut.finished(max(reading.before))
+        gates = gates.reshape(B * G, R, 3, 1).to(wide)
         # 1. compressed
-        blocks = memory["blocks"][:, :, :n].flatten(0, 1)                               # (B G, n, 2 E)
-        logits = _scaled_bmm(q.reshape(B * G, R, E), blocks[..., :E].mT, E ** -0.5).to(wide)
+        n = self.n_memory + cut.finished(t)
+        ck, cv = (memory[name][:, :, :n].flatten(0, 1) for name in ("ck", "cv"))        # (B G, n, E)
+        logits = _scaled_bmm(q.reshape(B * G, R, E), ck.mT, E ** -0.5).to(wide)
         if not even:
-            unseen = torch.arange(-self.n_memory, n - self.n_memory, device=device) >= cut.finished(t)
+            unseen = torch.arange(-self.n_memory, n - self.n_memory, device=device)
+            unseen = unseen >= cut.finished(reading.columns[:, None])                   # (B, 1, n)
             logits = logits.view(B, H, n).masked_fill(unseen, -math.inf).view(B * G, R, n)
         p = logits.softmax(-1) if even else logits.softmax(-1).nan_to_num()  # no block yet: nothing
-        scores = p.view(B, G, R, n)[..., self.n_memory:].sum(2)
-        scores = importance(scores, cut, max(reading.before) // S)
-        chosen = choose_blocks(scores, t, cut)                                          # (B, G, K)
-        # 2. selected, and 3. window: one gather, one product for both
-        own = (t // S).expand(-1, G, -1)
-        column = torch.cat([chosen, own], -1)[..., None] * S + torch.arange(S, device=device)
-        column = column.flatten(2)                                                      # (B, G, (K + 1) S)
+        y = torch.bmm((p * gates[:, :, 0]).to(q.dtype), cv)
+        scores = importance(p[..., self.n_memory:].sum(1), cut, own)                    # (B G, own)
+        # 2. selected
+        turned, flat = turned.reshape(B * G, R, E), kv.view(-1, S * 2 * E)
+        place = torch.arange(B * G, device=device)[:, None] * (kv.shape[2] // S)
+        if even and own >= cut.n_selected:  # no block is missing; the own one and the window are slices
+            chosen = choose_blocks(scores, torch.full((1, 1), t, device=device), cut, own if cut.plain else 0)
+            width = min(max(cut.window, t + 1 - own * S), t + 1)
+            near = kv[:, :, t + 1 - width:t + 1].flatten(0, 1)                          # (B G, width, 2 E)
+            far = flat.index_select(0, (chosen + place).flatten()).view(B * G, -1, 2 * E)
+            logits = [_scaled_bmm(turned, x[..., :E].mT, E ** -0.5).to(wide) for x in (far, near)]
+            inside = t + 1 - own * S
+            weights = torch.cat([logits[0], logits[1][..., width - inside:]], -1).softmax(-1) * gates[:, :, 1]
+            y = torch.baddbmm(y, weights[..., :-inside].to(q.dtype), far[..., E:])
+            # 3. window; the own block's weights join it
+            window = F.pad(logits[1][..., -cut.window:].softmax(-1) * gates[:, :, 2],
+                           (width - min(cut.window, width), 0))
+            window[..., width - inside:] += weights[..., -inside:]
+            return torch.baddbmm(y, window.to(q.dtype), near[..., E:]).view(B, H, 1, E)
+        t = reading.columns[:, None].expand(-1, G, -1).reshape(B * G, 1)
+        chosen = torch.cat([choose_blocks(scores, t, cut), t // S], -1)
+        column = (chosen[..., None] * S + torch.arange(S, device=device)).flatten(1)    # (B G, (K + 1) S)
         width = min(cut.window, max(reading.before) + 1)
-        near = (t - width + 1 + torch.arange(width, device=device)).expand(-1, G, -1)
-        column = torch.cat([column, near], -1)
+        column = torch.cat([column, t - width + 1 + torch.arange(width, device=device)], -1)
         hidden = (column < 0) | (column > t)
-        length = memory["kv"].shape[2]
-        flat = column.clamp(0, length - 1) + torch.arange(B * G, device=device).view(B, G, 1) * length
-        kv = memory["kv"].view(-1, 2 * E).index_select(0, flat.flatten()).view(B * G, -1, 2 * E)
-        logits = _scaled_bmm(turned.reshape(B * G, R, E), kv[..., :E].mT, E ** -0.5).to(wide)
-        logits = logits.view(B, G, R, column.shape[-1]).masked_fill(hidden[:, :, None], -math.inf)
-        gates = gates.view(B, G, R, 3, 1).to(wide)
-        weights = [part.softmax(-1) * gates[..., i, :] for i, part in
-                   enumerate(logits.split([column.shape[-1] - width, width], -1), 1)]
-        weights = torch.cat(weights, -1).flatten(0, 1).to(q.dtype)
-        y = torch.bmm(weights, kv[..., E:])
-        y = y + torch.bmm((p * gates[..., 0, :].flatten(0, 1)).to(q.dtype), blocks[..., E:])
-        return y.view(B, H, 1, E)
+        index = column.clamp(0, kv.shape[2] - 1) + place * S
+        near = kv.view(-1, 2 * E).index_select(0, index.flatten()).view(B * G, -1, 2 * E)
+        logits = _scaled_bmm(turned, near[..., :E].mT, E ** -0.5).to(wide)
+        logits = logits.masked_fill(hidden[:, None], -math.inf)
+        selected, window = logits.split([column.shape[-1] - width, width], -1)
+        weights = torch.cat([selected.softmax(-1) * gates[:, :, 1], window.softmax(-1) * gates[:, :, 2]], -1)
+        return torch.baddbmm(y, weights.to(q.dtype), near[..., E:]).view(B, H, 1, E)
 
 
 # 8. Mixture of experts.

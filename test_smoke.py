@@ -571,6 +571,35 @@ def test_long_sparse_attention_in_parts_equals_its_twin(monkeypatch):
         close(a, b, 1e-9)
 
 
+def test_flex_attention_equals_the_sparse_twin_forward():
+    if not __import__("shutil").which("g++"):
+        pytest.skip("no C++ compiler")
+    cut = common.Cut(window=40)
+    inputs = [x.detach() for x in sparse_inputs(2, 2, 2, 200, 16, cut, 1, torch.float32)]
+    slow = common.attend_sparse_dense(*inputs, cut)
+    torch.testing.assert_close(common.attend_sparse_flex(*inputs, cut), slow, rtol=1e-4, atol=1e-5)
+
+
+@gpu
+def test_sparse_attention_on_a_gpu_equals_the_twin_with_gradients():
+    """Both executions: flex where 128 divides the length, tiles elsewhere; straight-through included."""
+    for T in (256, 300):
+        cut = common.Cut()
+        inputs = sparse_inputs(1, 2, 8, T, 64, cut, 0, torch.float32)
+        inputs = [x.detach().cuda().requires_grad_() for x in inputs]
+        fast, slow = common.attend_sparse(*inputs, cut), common.attend_sparse_dense(*inputs, cut)
+        torch.testing.assert_close(fast, slow, rtol=1e-3, atol=1e-3)
+        for a, b in zip(*(torch.autograd.grad(y.sum(), inputs) for y in (fast, slow)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+
+
+def test_float32_products_by_onednn_are_float32():
+    a, b = (torch.randn(50, 64, 64) for _ in range(2))
+    product = common.exact_products(lambda ctx, x, y: torch.bmm(x, y))(None, a, b)
+    close(product.double(), a.double() @ b.double(), 2e-5)
+    assert torch.backends.mkldnn.matmul.fp32_precision in ("none", "bf16")
+
+
 @pytest.mark.parametrize("window", [1, 7, 64, 65, 500])
 def test_window_attention_equals_its_twin_with_gradients(window):
     torch.manual_seed(0)
