@@ -548,13 +548,20 @@ def nsa():
             works = backward_of(full, inputs[1:4]), backward_of(ours, inputs)
             base, mine = seconds_of(T, as_shipped(works[0]), works[1])
             rows.append(row(f"core forward+backward {name}", base * 1e3, mine * 1e3, "ms", base / mine))
-            base, mine = (peak_of(work) / 2**20 for work in works)
-            rows.append(row(f"core forward+backward {name} peak", base, mine, "MiB", base / mine))
-            print(rows[-2], rows[-1], flush=True)
+            base, peak = (peak_of(work) / 2**20 for work in works)
+            rows.append(row(f"core forward+backward {name} peak", base, peak, "MiB", base / peak))
+            if dtype == torch.float32:
+                base, = seconds_of(T, works[0])
+                rows.append(row(f"core forward+backward {name}, both by oneDNN", base * 1e3, mine * 1e3, "ms",
+                                base / mine))
+            if T == 4096 and dtype == torch.float32 and COMPILE:
+                with torch.no_grad():
+                    base, mine = seconds_of(T, lambda x=inputs: common.attend_sparse_flex(*x, cut), ours)
+                name += ", against flex"
+                rows.append(row(f"core forward {name}", base * 1e3, mine * 1e3, "ms", base / mine))
     for dtype in (torch.float32, torch.bfloat16):
         for T in lengths:
             rows += module_rows(run, T, dtype)
-            print(rows[-1], flush=True)
     rows += [decode_row(T, dtype) for dtype in (torch.float32, torch.bfloat16) for T in lengths]
     plot_lengths(rows)
     common.stop(run)
@@ -618,7 +625,7 @@ def plot_lengths(rows):
     for axis, kind in zip(axes, kinds, strict=True):
         for dtype in ("float32", "bfloat16"):
             found = [r for r in rows if r["work"].startswith(kind) and r["unit"] == "ms"
-                     and dtype in r["work"]]
+                     and r["work"].endswith(dtype)]
             if found:
                 x = [int(r["work"].removeprefix(kind).split()[0].split("×")[-1]) for r in found]
                 for key, style in (("baseline", "--"), ("ours", "-")):

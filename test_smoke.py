@@ -1180,6 +1180,20 @@ def test_byte_model_learns_below_byte_frequencies(train_bytes, tmp_path, attenti
     assert json.loads((tmp_path / "run/eval.json").read_text()) == scored
 
 
+def test_probes_are_known_from_far_back_and_nowhere_else(train_bytes, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_nsa_enwik8, "SEQ_LEN", 512)
+    rows, back = train_nsa_enwik8.probes(np.random.default_rng(0), 20)
+    r, t = np.nonzero(back)
+    assert (rows[r, t] == rows[r, t - abs(back[r, t])]).all() and {1, -1} <= set(np.sign(back[r, t]))
+    assert abs(back).max() > 300 and 0.02 < (back != 0).mean() < 0.25
+    found = train_bytes(PROBE=True, PROBE_SHARE=0.5, SEQ_LEN=128)
+    kinds = json.loads((tmp_path / "run/probe.json").read_text())
+    assert {"probe_copy", "probe_needle"} <= set(found) and (tmp_path / "run/probe.png").stat().st_size > 0
+    assert all(0 <= share < 0.5 for by in kinds.values() for share in by.values())      # nothing learned yet
+    with pytest.raises(common.BadInput, match="SEQ_LEN 100 must be a positive multiple of 64"):
+        train_bytes(PROBE=True, SEQ_LEN=100)
+
+
 def test_interrupted_byte_model_goes_on_bit_for_bit(train_bytes, tmp_path):
     train_bytes(OUT=str(tmp_path / "whole"))
     with pytest.raises(SystemExit):

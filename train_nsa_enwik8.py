@@ -13,6 +13,7 @@ that time and memory grow with the length, not with its square.
 """
 
 import hashlib
+import json
 import math
 import sysconfig
 from pathlib import Path
@@ -27,6 +28,7 @@ from data import prepare_enwik8
 DATA = ""             # a file; "" = data/enwik8/enwik8 if it is there, else Python's standard library as text
 SPLIT = (0.05, 0.05)  # shares of DATA for validation and test, from its end; whole numbers above 1 are bytes
 SEQ_LEN = 512         # bytes a row, and the model's context
+PROBE_SHARE = 0.0     # share of rows that are probes: random letters with copies and needles far apart
 
 # Model. Other presets:
 #   two CPU cores, an hour       DIM=256 N_LAYERS=6 N_HEADS=4 N_KV_HEADS=2 OPTIMIZER=muon LR=3e-3
@@ -76,6 +78,7 @@ LOG_EVERY = 10        # updates
 EVAL_EVERY = 200      # updates; 0 = at the end only
 EVAL_BYTES = 500_000  # bytes of the validation split that a validation reads; 0 = all (as the last one)
 SAVE_EVERY = 100      # updates; 0 = at the end only
+PROBE = False         # measure at the end how far back it finds copies and needles: probe.json, probe.png
 SAMPLE_EVERY = 500    # updates; 0 = never
 SAMPLE_LEN = 256      # bytes generated after PRIME_LEN bytes of the validation split
 PRIME_LEN = 64
@@ -112,21 +115,97 @@ def split(data, name):
     return data[:cut], data[cut:cut + sizes[0]], data[cut + sizes[0]:]
 
 
-def rows_at(data, starts, device):
-    """(ids, docs, targets) (rows, SEQ_LEN) of windows of the bytes; behind the last byte is padding."""
+def windows(data, starts):
+    """Rows (n, SEQ_LEN + 1) of the bytes from each start on, -1 behind the last."""
     index = starts[:, None] + np.arange(SEQ_LEN + 1)
-    values = torch.from_numpy(data[np.minimum(index, len(data) - 1)].astype(np.int64))
-    real = torch.from_numpy(index < len(data))
-    targets = values[:, 1:].masked_fill(~real[:, 1:], common.IGNORE)
-    docs = torch.where(real[:, 1:], 0, -1)
-    return tuple(x.contiguous().to(device, non_blocking=True) for x in (values[:, :-1], docs, targets))
+    return np.where(index < len(data), data[np.minimum(index, len(data) - 1)].astype(np.int64), -1)
+
+
+def batch_of(rows, device):
+    """(ids, docs, targets) (n, SEQ_LEN) of rows (n, SEQ_LEN + 1)."""
+    rows = torch.from_numpy(rows)
+    targets = rows[:, 1:].masked_fill(rows[:, 1:] < 0, common.IGNORE)
+    ids, docs = rows[:, :-1].clamp(min=0), torch.where(rows[:, 1:] < 0, -1, 0)
+    return tuple(x.contiguous().to(device, non_blocking=True) for x in (ids, docs, targets))
+
+
+def probes(rng, count):
+    """Rows (count, SEQ_LEN + 1) of random letters, each fourth of whose places repeats an earlier stretch:
+    either a copy of 16 letters, or a needle, `#` with 4 letters of key and 8 of value. And how far back each
+    letter that can be known lies, negative for needles, 0 where it cannot: beyond a copy's first 4 letters
+    and a needle's key."""
+    rows, back = rng.integers(97, 123, (count, SEQ_LEN + 1)), np.zeros((count, SEQ_LEN + 1), np.int64)
+    for row, far in zip(rows, back, strict=True):
+        free = np.ones(len(row), bool)
+        for _ in range(SEQ_LEN // 64):
+            distance = int(np.exp(rng.uniform(np.log(20), np.log(SEQ_LEN - 20))))
+            at = int(rng.integers(0, SEQ_LEN + 1 - distance - 16))
+            places = slice(at, at + 16), slice(at + distance, at + distance + 16)
+            needle = rng.random() < 0.5
+            if not all(free[p].all() for p in places):
+                continue
+            if needle:
+                row[at] = ord("#")
+            for p in places:
+                free[p] = False
+            row[places[1]] = row[places[0]]
+            known = (5, 13) if needle else (4, 16)
+            far[at + distance + known[0]:at + distance + known[1]] = -distance if needle else distance
+    return rows, back
 
 
 def training_batches(data, step, run):
-    """This process's micro-batches of an update: windows that begin anywhere, drawn from (SEED, step)."""
-    starts = np.random.default_rng((SEED, step)).integers(0, len(data) - SEQ_LEN, BATCH)
-    mine = starts[run.rank * (BATCH // run.world):][:BATCH // run.world]
-    return [rows_at(data, mine[i:i + MICRO_BATCH], run.device) for i in range(0, len(mine), MICRO_BATCH)]
+    """This process's micro-batches of an update: windows that begin anywhere and probes, drawn from (SEED,
+    step)."""
+    rng = np.random.default_rng((SEED, step))
+    rows = windows(data, rng.integers(0, len(data) - SEQ_LEN, BATCH))
+    chosen = rng.random(BATCH) < PROBE_SHARE
+    if chosen.any():
+        rows[chosen] = probes(rng, int(chosen.sum()))[0]
+    mine = rows[run.rank * (BATCH // run.world):][:BATCH // run.world]
+    return [batch_of(mine[i:i + MICRO_BATCH], run.device) for i in range(0, len(mine), MICRO_BATCH)]
+
+
+@torch.no_grad()
+def probe(run, model):
+    """Share of known letters that the model ranks first, by distance: {"copy" or "needle": {distance:
+    share}}."""
+    model.eval()
+    rows, back = probes(np.random.default_rng((SEED, 0, 2)), 4 * max(16, 65_536 // SEQ_LEN))
+    edges = 2 ** np.arange(5, SEQ_LEN.bit_length() + 1)
+    hits, total = np.zeros((2, 2, len(edges)))
+    for i in range(run.rank * MICRO_BATCH, len(rows), run.world * MICRO_BATCH):
+        ids, docs, targets = batch_of(rows[i:i + MICRO_BATCH], run.device)
+        with run.autocast():
+            hidden = model.hidden(ids, docs)[0]
+        far = back[i:i + MICRO_BATCH, 1:]
+        known = torch.from_numpy(far != 0).to(run.device)
+        likeliest = (hidden[known] @ model.head_weight.T.to(hidden.dtype)).argmax(-1)
+        right = (likeliest == targets[known]).cpu().numpy()
+        where = (far[far != 0] < 0).astype(int), np.searchsorted(edges, abs(far[far != 0]))
+        np.add.at(hits, where, right)
+        np.add.at(total, where, 1)
+    hits, total = (np.array(run.sum(*x.ravel())).reshape(2, -1) for x in (hits, total))
+    model.train()
+    return {name: {f"{edge // 2}-{edge}": round(hits[i, j] / total[i, j], 4) for j, edge in enumerate(edges)
+                   if total[i, j]} for i, name in enumerate(("copy", "needle"))}
+
+
+def plot_probe(found):
+    """OUT/probe.png."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axis = pyplot.subplots(figsize=(6, 3.8))
+    for name, by_distance in found.items():
+        axis.semilogx([int(d.split("-")[1]) for d in by_distance], by_distance.values(), "o-", label=name)
+    axis.axhline(1 / 26, color="gray", linestyle=":", label="guessing")
+    axis.set(title=f"{ATTENTION} attention, window {WINDOW} × {N_LAYERS} layers", ylim=(0, 1),
+             xlabel="bytes back, up to", ylabel="share of letters right")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(Path(OUT) / "probe.png", dpi=110)
+    pyplot.close(figure)
 
 
 @torch.no_grad()
@@ -139,7 +218,7 @@ def evaluate(run, model, data, limit=0):
     totals = [0.0, 0]
     for i in range(0, len(starts), MICRO_BATCH):
         with run.autocast():
-            loss, count, _ = model(*rows_at(data, starts[i:i + MICRO_BATCH], run.device))
+            loss, count, _ = model(*batch_of(windows(data, starts[i:i + MICRO_BATCH]), run.device))
         totals = [totals[0] + float(loss), totals[1] + int(count)]
     model.train()
     nats, count = run.sum(*totals)
@@ -192,7 +271,8 @@ def main():
     common.within(0, math.inf, HIDDEN_DIM=HIDDEN_DIM, LR=LR, MUON_LR=MUON_LR, WEIGHT_DECAY=WEIGHT_DECAY,
                   CLIP=CLIP, WARMUP=WARMUP, PATIENCE=PATIENCE, LOG_EVERY=LOG_EVERY, EVAL_EVERY=EVAL_EVERY,
                   EVAL_BYTES=EVAL_BYTES, SAVE_EVERY=SAVE_EVERY, SAMPLE_EVERY=SAMPLE_EVERY)
-    common.within(0, 1, FLOOR=FLOOR)
+    common.within(0, 1, FLOOR=FLOOR, PROBE_SHARE=PROBE_SHARE)
+    common.divisible(SEQ_LEN=(SEQ_LEN, 64) if PROBE or PROBE_SHARE else (SEQ_LEN, 1))
     common.within(0, 0.99, DROPOUT=DROPOUT)
     common.within(1, math.inf, THETA=THETA, MAX_BAD_STEPS=MAX_BAD_STEPS)
     data, name = load_bytes(run)
@@ -265,6 +345,13 @@ def main():
     metrics = evaluate(run, judged, valid)                       # of the whole split
     if len(test) > 1:                                            # looked at once, here
         metrics |= {f"test_{k}": v for k, v in evaluate(run, judged, test).items()}
+    if PROBE:
+        found = probe(run, model)
+        if run.first:
+            text = json.dumps(found, indent=1).encode()
+            common.write_whole(Path(OUT) / "probe.json", lambda file: file.write(text))
+            plot_probe(found)
+        metrics |= {f"probe_{k}": min(v.values()) for k, v in found.items()}
     record.log(step, **metrics, final=True)
     common.export_weights(run, OUT, best)
     state["finished"] = True
