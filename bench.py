@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
+import train_nsa_enwik8
 import train_pretrain
 from data import prepare_python_docs, prepare_text
 
@@ -563,6 +564,7 @@ def nsa():
         for T in lengths:
             rows += module_rows(run, T, dtype)
     rows += [decode_row(T, dtype) for dtype in (torch.float32, torch.bfloat16) for T in lengths]
+    rows += step_rows(run)
     plot_lengths(rows)
     common.stop(run)
     return rows
@@ -591,6 +593,22 @@ def module_rows(run, T, dtype):
     memory = [peak_of(work) / 2**20 for work in works]
     return [row(name, base * 1e3, mine * 1e3, "ms", base / mine),
             row(name + " peak", *memory, "MiB", memory[0] / memory[1])]
+
+
+def step_rows(run):
+    """A training step of train_nsa_enwik8.py's default model, 4 × 512 bytes, nsa and window against full."""
+    batch, works = full_rows(ROWS, 256), []
+    for kind in ("full", "nsa", "window"):
+        torch.manual_seed(0)
+        train_nsa_enwik8.ATTENTION, train_nsa_enwik8.SEQ_LEN = kind, LENGTH
+        model = train_nsa_enwik8.make_model().to(run.device)
+        common.compile_layers(model, "auto" if COMPILE else "no", 1000)
+        optimizers = common.make_optimizers(model, "adam", 1e-4, 0.0, 0.0)
+        works.append(trainer(run, model, optimizers, [x.to(run.device) for x in batch]))
+    base, *ours = fastest(REPEAT, *works)
+    name = f"training step {ROWS}×{LENGTH} {str(run.dtype)[6:]}"
+    return [row(f"{name}, {kind}", base * 1e3, seconds * 1e3, "ms", base / seconds)
+            for kind, seconds in zip(("nsa", "window"), ours, strict=True)]
 
 
 def decode_row(T, dtype):

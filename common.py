@@ -1927,20 +1927,40 @@ def _selected_backward(turned, k, v, chosen, gate, cut, dout, dturned, dk, dv, d
 
 # 7.3 The module, its compression networks, and decoding.
 
-class GroupedMLP(nn.Module):
-    """Blocks (B, G, N, L, E) → (B, G, N, E): their mean plus what an MLP of each KV head's own adds, zero at
-    first."""
+def _flat_blocks(x: Tensor) -> Tensor:
+    """Blocks (B, G, N, L, E) as (G, B N, L E)."""
+    return x.transpose(0, 1).flatten(3).flatten(1, 2)
+
+
+class ConvLinear(nn.Module):
+    """Blocks x (B, G, N, L, E) with places (G, L, E) added → (B, G, N, E), by one linear map of each KV
+    head's own, the mean at first: a convolution."""
 
     def __init__(self, n_kv_heads: int, block: int, head_dim: int):
         super().__init__()
+        mean = torch.eye(head_dim).repeat(block, 1) / block
+        self.weight = nn.Parameter(mean.expand(n_kv_heads, -1, -1).clone())
+
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:
+        B, G, N, _, E = x.shape
+        y = torch.bmm(_flat_blocks(x), self.weight) + torch.bmm(places.flatten(1)[:, None], self.weight)
+        return y.view(G, B, N, E).transpose(0, 1)
+
+
+class GroupedMLP(ConvLinear):
+    """ConvLinear plus what an MLP of each KV head's own adds, zero at first."""
+
+    def __init__(self, n_kv_heads: int, block: int, head_dim: int):
+        super().__init__(n_kv_heads, block, head_dim)
         wide, inner = block * head_dim, 2 * head_dim
         self.inner = nn.Parameter(torch.randn(n_kv_heads, wide, inner) * wide ** -0.5)
         self.outer = nn.Parameter(torch.zeros(n_kv_heads, inner, head_dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        B, G, N, L, E = x.shape
-        inner = F.silu(torch.bmm(x.transpose(0, 1).reshape(G, B * N, L * E), self.inner))
-        return x.mean(3) + torch.bmm(inner, self.outer).view(G, B, N, E).transpose(0, 1)
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:
+        (B, G, N, _, E), both = x.shape, torch.cat([self.weight, self.inner], -1)
+        y = torch.bmm(_flat_blocks(x), both) + torch.bmm(places.flatten(1)[:, None], both)
+        y = y[..., :E] + torch.bmm(F.silu(y[..., E:]), self.outer)
+        return y.view(G, B, N, E).transpose(0, 1)
 
 
 class AttentionPool(nn.Module):
@@ -1950,24 +1970,10 @@ class AttentionPool(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(n_kv_heads, head_dim, head_dim))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:
+        x = x + places[:, None].to(x.dtype)
         logits = x @ self.weight[:, None].to(x.dtype)                                   # (B, G, N, L, E)
         return (logits.softmax(3, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype) * x).sum(3)
-
-
-class ConvLinear(nn.Module):
-    """The same by one linear map of each KV head's own, the mean at first: a convolution as long as its
-    stride."""
-
-    def __init__(self, n_kv_heads: int, block: int, head_dim: int):
-        super().__init__()
-        mean = torch.eye(head_dim).repeat(block, 1) / block
-        self.weight = nn.Parameter(mean.expand(n_kv_heads, -1, -1).clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, G, N, L, E = x.shape
-        y = torch.bmm(x.transpose(0, 1).reshape(G, B * N, L * E), self.weight)
-        return y.view(G, B, N, E).transpose(0, 1)
 
 
 COMPRESSIONS = {"mlp": GroupedMLP, "pool": AttentionPool, "conv": ConvLinear}
@@ -1991,7 +1997,7 @@ class NativeSparseAttention(Attention):
         self.cut, self.n_memory = cut or Cut(), n_memory
         self.gates = nn.Linear(dim, 3 * n_heads)
         block = self.cut.compress_block
-        self.places = nn.Parameter(torch.randn(2, n_kv_heads, 1, block, head_dim) * 0.02)
+        self.places = nn.Parameter(torch.randn(2, n_kv_heads, block, head_dim) * 0.02)
         network = COMPRESSIONS[compression]
         self.compress_k, self.compress_v = (network(n_kv_heads, block, head_dim) for _ in range(2))
         memories = torch.randn(2, n_kv_heads, n_memory, head_dim) * 0.02
@@ -2034,11 +2040,11 @@ class NativeSparseAttention(Attention):
         """The first n compressed keys and values (B, G, M + n, E) of k, v (B, G, T, E), behind M memories."""
         length, stride, found = self.cut.compress_block, self.cut.compress_stride, []
         for i, (x, network) in enumerate(((k, self.compress_k), (v, self.compress_v))):
-            if n:
+            if stride == length or not n:  # with no block, the network's gradient is zero, not missing
+                blocks = x[:, :, :n * length].unflatten(2, (n, length))
+            else:
                 blocks = x[:, :, :(n - 1) * stride + length].unfold(2, length, stride).transpose(-1, -2)
-            else:  # none, yet the network's gradient is zero, not missing
-                blocks = x[:, :, :0].unsqueeze(3).expand(-1, -1, -1, length, -1)
-            y = network(blocks + self.places[i].to(x.dtype)).to(x.dtype)
+            y = network(blocks, self.places[i]).to(x.dtype)
             if self.n_memory and remember:
                 y = torch.cat([self.memories[i].to(y.dtype).expand(len(x), -1, -1, -1), y], 2)
             found.append(y)
