@@ -1802,6 +1802,7 @@ class _Pairs:
         counts = np.bincount(blocks, minlength=b * g * N)
         self.size = 32 if len(blocks) > 32 * np.count_nonzero(counts) else 16
         tiles = -(-counts // self.size)
+        tiles[-1] += -tiles.sum() % 32                                     # few shapes: oneDNN compiles for each
         first = np.cumsum(tiles) - tiles
         shift = first * self.size - (np.cumsum(counts) - counts)
         target = np.arange(len(blocks), **integers) + np.repeat(shift.astype(np.int32), counts)
