@@ -143,7 +143,8 @@ def divisible(**pairs: tuple[int, int]) -> None:
     """Raise BadInput unless each `NAME=(value, divisor)` is positive and divides evenly."""
     for name, (value, divisor) in pairs.items():
         if divisor < 1 or value < 1 or value % divisor:
-            raise BadInput(f"{name} {value} must be a positive multiple of {divisor}")
+            raise BadInput(f"{name} {value} must be " + ("at least 1" if divisor == 1 else
+                                                         f"a positive multiple of {divisor}"))
 
 
 def within(low: float, high: float, **values: float) -> None:
@@ -1802,7 +1803,7 @@ class _Pairs:
         counts = np.bincount(blocks, minlength=b * g * N)
         self.size = 32 if len(blocks) > 32 * np.count_nonzero(counts) else 16
         tiles = -(-counts // self.size)
-        tiles[-1] += -tiles.sum() % 32                                     # few shapes: oneDNN compiles for each
+        tiles[-1] += -tiles.sum() % 32  # few shapes: oneDNN compiles for each of them
         first = np.cumsum(tiles) - tiles
         shift = first * self.size - (np.cumsum(counts) - counts)
         target = np.arange(len(blocks), **integers) + np.repeat(shift.astype(np.int32), counts)
@@ -2272,7 +2273,7 @@ class LM(nn.Module):
         super().__init__()
         hidden_dim = hidden_dim or -(-dim * 8 // 3 // 64) * 64               # 8/3 dim, up to a multiple of 64
         self.sizes = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        divisible(N_HEADS=(n_heads, n_kv_heads), N_LAYERS=(n_layers, 1), SEQ_LEN=(seq_len, 1))
+        divisible(DIM=(dim, 1), N_HEADS=(n_heads, n_kv_heads), N_LAYERS=(n_layers, 1), SEQ_LEN=(seq_len, 1))
         if dim % n_heads and not self.sizes["head_dim"]:
             raise BadInput(f"DIM {dim} is not a multiple of N_HEADS {n_heads}; set HEAD_DIM")
         head_dim = head_dim or dim // n_heads
@@ -2316,7 +2317,7 @@ class LM(nn.Module):
             nn.init.zeros_(module.out.weight)
             if isinstance(module, NativeSparseAttention):
                 nn.init.zeros_(module.gates.weight)
-                nn.init.zeros_(module.gates.bias)
+                module.gates.bias.data.view(-1, 3).copy_(torch.tensor([-2.0, -2.0, 2.0]))  # first the window
         elif isinstance(module, SwiGLU):
             nn.init.zeros_(module.down.weight)
         elif isinstance(module, LM) and module.head is not None:

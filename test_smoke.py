@@ -745,7 +745,7 @@ def test_bfloat16_sparse_attention_is_near_float64():
 @pytest.mark.parametrize("changes, message", [
     (dict(compress_stride=5), "COMPRESS_BLOCK 16 must be a positive multiple of 5"),
     (dict(select_block=24), "SELECT_BLOCK 24 must be a positive multiple of 16"),
-    (dict(window=0), "WINDOW 0 must be a positive multiple of 1"),
+    (dict(window=0), "WINDOW 0 must be at least 1"),
     (dict(n_selected=0), "N_SELECTED 0 must be"),
     (dict(local_blocks=5), "LOCAL_BLOCKS 5 must be between 0 and 4"),
     (dict(compression="mean"), "COMPRESSION 'mean' is not one of mlp, pool, conv"),
@@ -1212,6 +1212,18 @@ def test_one_process_and_two_train_the_same_sparse_model(train_bytes, tmp_path):
     same_weights(weights(tmp_path / "one"), weights(tmp_path / "two"), 2e-5)
 
 
+@pytest.mark.parametrize("constants, message", [
+    (dict(SPLIT=("a", 0.1)), "SPLIT ('a', 0.1) must be two numbers"),
+    (dict(SPLIT=(1, 2, 3)), "must be two numbers"), (dict(SPLIT=(0.6, 0.6)), "too few for SPLIT"),
+    (dict(SAMPLE_EVERY=1, PRIME_LEN=100), "PRIME_LEN 100 must be between 1 and 99"),
+    (dict(DIM=0), "DIM 0 must be at least 1"), (dict(PROBE_SHARE=2.0), "PROBE_SHARE 2.0 must be between"),
+])
+def test_byte_model_constants_that_do_not_fit_are_one_sentence(train_bytes, constants, message):
+    with pytest.raises(common.BadInput) as error:
+        train_bytes(**constants)
+    assert message in str(error.value)
+
+
 @pytest.mark.parametrize("name, data, message", [
     ("few", b"abc", "has 3 bytes: too few for SPLIT"), ("none", b"", "is empty"),
     ("cut.gz", gzip.compress(b"some text " * 500)[:-20], "cut.gz is cut short or damaged"),
@@ -1491,7 +1503,7 @@ def test_two_runs_do_not_share_a_folder(train, tmp_path):
 @pytest.mark.parametrize(
     "constants, message",
     [
-        (dict(BATCH=0), "BATCH 0 must be a positive multiple of 1"),
+        (dict(BATCH=0), "BATCH 0 must be at least 1"),
         (dict(N_HEADS=3), "N_HEADS 3 must be a positive multiple of 2"),
         (dict(DIM=30), "DIM 30 is not a multiple of N_HEADS 4"),
         (dict(MODEL="rnn"), "MODEL 'rnn' is neither lm nor classic"),

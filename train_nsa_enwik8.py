@@ -107,9 +107,12 @@ def load_bytes(run):
 
 def split(data, name):
     """Training, validation and test bytes by position, in this order."""
+    if len(SPLIT) != 2 or not all(isinstance(s, int | float) and s >= 0 for s in SPLIT) or not SPLIT[0]:
+        raise common.BadInput(f"SPLIT {SPLIT} must be two numbers, of validation (above 0) and test: shares, "
+                              "or whole numbers of bytes")
     sizes = [int(s) if s > 1 else int(s * len(data)) for s in SPLIT]
     cut = len(data) - sum(sizes)
-    if min(sizes) < 0 or sizes[0] < 2 or cut < SEQ_LEN + 1:
+    if sizes[0] < 2 or cut < SEQ_LEN + 1:
         raise common.BadInput(f"{name} has {len(data)} bytes: too few for SPLIT {SPLIT} and training rows of "
                               f"SEQ_LEN {SEQ_LEN}; lower them")
     return data[:cut], data[cut:cut + sizes[0]], data[cut + sizes[0]:]
@@ -267,11 +270,13 @@ def main():
         return score()
     run = common.start(SEED, DTYPE)
     common.divisible(MICRO_BATCH=(MICRO_BATCH, 1), STEPS=(STEPS, 1), BATCH=(BATCH, run.world),
-                     SEQ_LEN=(SEQ_LEN, 1), PRIME_LEN=(PRIME_LEN, 1), SAMPLE_LEN=(SAMPLE_LEN, 1))
+                     SEQ_LEN=(SEQ_LEN, 1), SAMPLE_LEN=(SAMPLE_LEN, 1))
     common.within(0, math.inf, HIDDEN_DIM=HIDDEN_DIM, LR=LR, MUON_LR=MUON_LR, WEIGHT_DECAY=WEIGHT_DECAY,
                   CLIP=CLIP, WARMUP=WARMUP, PATIENCE=PATIENCE, LOG_EVERY=LOG_EVERY, EVAL_EVERY=EVAL_EVERY,
                   EVAL_BYTES=EVAL_BYTES, SAVE_EVERY=SAVE_EVERY, SAMPLE_EVERY=SAMPLE_EVERY)
     common.within(0, 1, FLOOR=FLOOR, PROBE_SHARE=PROBE_SHARE)
+    if SAMPLE_EVERY:
+        common.within(1, SEQ_LEN - 1, PRIME_LEN=PRIME_LEN)
     common.divisible(SEQ_LEN=(SEQ_LEN, 64) if PROBE or PROBE_SHARE else (SEQ_LEN, 1))
     common.within(0, 0.99, DROPOUT=DROPOUT)
     common.within(1, math.inf, THETA=THETA, MAX_BAD_STEPS=MAX_BAD_STEPS)
