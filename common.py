@@ -1865,7 +1865,7 @@ class _Pairs:
 def _pairs(chosen: Tensor, cut: Cut) -> Iterator[_Pairs]:
     """All pairs, part by part: whole rows, else one group of a row, else some of its queries."""
     B, G, T, K = chosen.shape
-    room = max(2048 if B * G * T > 8192 else 4096, B * G * T // 16)  # queries: tiles full, yet small
+    room = max(2048 if B * G * T > 4096 else 4096, B * G * T // 12)  # queries: tiles full, yet small
     b, g, n = max(1, room // (G * T)), G if G * T <= room else 1, -(-T // -(-T // room))
     for row in range(0, B, b):
         for group in range(0, G, g):
