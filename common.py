@@ -2144,6 +2144,271 @@ class NativeSparseAttention(Attention):
         return torch.baddbmm(y, weights.to(q.dtype), near[..., E:]).view(B, H, 1, E)
 
 
+# 7.4 Dynamic sparsity attention: sets of points, ordered so that neighbours share a block.
+
+def place_order(points: Tensor, real: Tensor, key_block: int = 16) -> tuple[Tensor, int]:
+    """(index (B, P), number of blocks N) of points (B, T, 3), real (B, T): the leaves of a balanced k-d tree,
+    each P / N (about key_block) points near to each other. What is not real comes last where it falls; T
+    stands for padding. The order of the points changes nothing, but among equal ones."""
+    B, T, _ = points.shape
+    N = 1 << max(0, round(math.log2(max(1, T / key_block))))
+    L = -(-T // N)
+    placed = points.masked_fill(~real[..., None], math.inf)
+    placed = F.pad(placed, (0, 0, 0, N * L - T), value=math.inf)
+    index = torch.arange(N * L, device=points.device).expand(B, -1)
+    for level in range(N.bit_length() - 1):
+        part = placed.reshape(B << level, -1, 3)
+        extent = part.masked_fill(part.isinf(), -math.inf).amax(1) - part.amin(1)      # -inf: no real point
+        axis = extent.argmax(1)
+        key = part.gather(2, axis[:, None, None].expand(-1, part.shape[1], 1))[..., 0]
+        order = key.sort(dim=1, stable=True).indices
+        index = index.reshape(part.shape[:2]).gather(1, order)
+        placed = part.gather(1, order[..., None].expand(-1, -1, 3))
+    return index.reshape(B, N * L).clamp(max=T), N
+
+
+def attend_chosen_dense(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, chosen: Tensor, gate: Tensor,
+                        N: int) -> Tensor:
+    """The slow twin of attend_chosen: softmax(q kᵀ / √E + bias + gate) v, the gate -inf where a query's block
+    did not choose a key's block, in (B, H, P, P) tensors."""
+    (B, H, P, E), NI = q.shape, chosen.shape[2]
+    gates = q.new_full((B, H, NI, N), -math.inf).scatter(3, chosen, gate)
+    gates = gates.repeat_interleave(P // NI, 2).repeat_interleave(P // N, 3)
+    return (q @ k.transpose(-1, -2) / math.sqrt(E) + bias[:, :, None] + gates).softmax(-1) @ v
+
+
+@torch.compiler.disable
+def attend_chosen(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, chosen: Tensor, gate: Tensor,
+                  N: int) -> Tensor:
+    """Attention of blocks of queries to the blocks of keys that they chose: (B, H, P, E).
+
+    q, k, v (B, H, P, E); bias (B, H, P) of each key, -inf: hidden; chosen (B, H, NI, K) different blocks of N,
+    a row for each of NI blocks of queries; gate (B, H, NI, K), added to the scores of such a pair: -inf drops
+    it. Every row must see a key. On CUDA compiled flex_attention, else `_ChosenBlocks`; no (P, P) tensor."""
+    if q.device.type == "cuda" and _fits_flex(q, chosen, N):
+        return attend_chosen_flex(q, k, v, bias, chosen, gate, N)
+    return _ChosenBlocks.apply(q, k, v, bias, chosen, gate, N)
+
+
+def _fits_flex(q: Tensor, chosen: Tensor, N: int) -> bool:
+    """Whether the blocks are such as flex_attention takes: at least 16 queries and keys, powers of two."""
+    sizes = q.shape[2] // chosen.shape[2], q.shape[2] // N
+    return all(size >= 16 and size & (size - 1) == 0 for size in sizes)
+
+
+def attend_chosen_flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, chosen: Tensor, gate: Tensor,
+                       N: int) -> Tensor:
+    """`attend_chosen` by compiled flex_attention, its block mask straight from the chosen blocks; on a CPU
+    forward only. Heads are at least 16 wide there."""
+    from torch.nn.attention.flex_attention import BlockMask
+    (B, H, P, E), (NI, K) = q.shape, chosen.shape[2:]
+    L, Q = P // N, P // NI
+    table = gate.new_full((B, H, NI, N), -math.inf).scatter(3, chosen, gate)
+    kept = ~gate.isinf()
+    order = torch.where(kept, chosen, N).sort(-1).values.clamp(max=N - 1)
+    blocks = F.pad(order, (0, N - K), value=N - 1).int()
+    mask = BlockMask.from_kv_blocks(kept.sum(-1, dtype=torch.int32), blocks, BLOCK_SIZE=(Q, L),
+                                    seq_lengths=(P, P), compute_q_blocks=torch.is_grad_enabled())
+
+    def score(s, b, h, t, j):
+        return s + bias[b, h, j] + table[b, h, t // Q, j // L]
+    wide = (F.pad(x, (0, max(0, 16 - E))) for x in (q, k, v))
+    return _flex()[0](*wide, score, mask, scale=E ** -0.5)[..., :E]
+
+
+CHOSEN_WORKSPACE = 2 ** 19  # scores at once
+
+
+class _ChosenBlocks(torch.autograd.Function):
+    """attend_chosen in plain torch: parts of the query blocks, the keys of their blocks gathered; backward
+    makes the weights again."""
+
+    @staticmethod
+    @exact_products
+    def forward(ctx, q, k, v, bias, chosen, gate, N):
+        q, k, v, bias = (x.contiguous() for x in (q, k, v, bias))
+        ctx.save_for_backward(q, k, v, bias, chosen, gate)
+        ctx.N, out = N, torch.empty_like(q)
+        outs = _query_blocks(out, chosen)
+        for part, queries, _, keys, values, weights in _chosen_parts(q, k, v, bias, chosen, gate, N):
+            torch.bmm(weights, values, out=outs[part])
+        return out
+
+    @staticmethod
+    @exact_products
+    def backward(ctx, dout):
+        q, k, v, bias, chosen, gate = ctx.saved_tensors
+        E, K = q.shape[-1], gate.shape[-1]
+        dq, dgate = torch.empty_like(q), torch.empty_like(gate)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        dk, dv, dbias = (torch.zeros_like(x, dtype=wide) for x in (k, v, bias))
+        dk_blocks, dv_blocks, dbias_blocks = (x.view(k.shape[0] * k.shape[1] * ctx.N, -1) for x in (dk, dv, dbias))
+        douts, dqs = (_query_blocks(x, chosen) for x in (dout.contiguous(), dq))
+        for part, queries, index, keys, values, weights in _chosen_parts(q, k, v, bias, chosen, gate, ctx.N):
+            upper = douts[part]
+            dvalues = torch.bmm(weights.mT, upper)
+            dv_blocks.index_add_(0, index, dvalues.view(len(index), -1).to(wide))
+            inner = torch.bmm(weights, values).mul_(upper).sum(-1, keepdim=True)
+            dscores = torch.bmm(upper, values.mT).sub_(inner).mul_(weights)
+            dbiases = dscores.sum(1, dtype=wide).view(len(index), -1)
+            dbias_blocks.index_add_(0, index, dbiases)
+            dgate.view(-1, K)[part] = dbiases.sum(-1).view(-1, K).to(dgate.dtype)
+            dqs[part] = _scaled_bmm(dscores, keys, E ** -0.5)
+            dkeys = _scaled_bmm(dscores.mT, queries, E ** -0.5)
+            dk_blocks.index_add_(0, index, dkeys.view(len(index), -1).to(wide))
+        return dq, dk.to(k.dtype), dv.to(v.dtype), dbias.to(bias.dtype), None, dgate, None
+
+
+def _query_blocks(x: Tensor, chosen: Tensor) -> Tensor:
+    """x (B, H, P, E) as (B H NI, Q, E)."""
+    return x.view(chosen.shape[0] * chosen.shape[1] * chosen.shape[2], -1, x.shape[-1])
+
+
+def _chosen_parts(q, k, v, bias, chosen, gate, N) -> Iterator[tuple]:
+    """(slice of the B H NI query blocks, queries (n, Q, E), index (n K) of key blocks, keys and values (n, S, E),
+    weights (n, Q, S)), part by part, S the keys of K blocks."""
+    (B, H, P, E), (NI, K) = q.shape, chosen.shape[2:]
+    L = P // N
+    first = torch.arange(0, B * H * N, N, device=q.device).view(B, H, 1, 1)
+    flat, queries = (chosen + first).view(-1, K), _query_blocks(q, chosen)
+    blocks = [x.view(B * H * N, -1) for x in (k, v, bias)]
+    gates = gate.reshape(-1, K, 1)
+    size = max(1, CHOSEN_WORKSPACE // (queries.shape[1] * K * L))
+    for begin in range(0, len(flat), size):
+        part = slice(begin, begin + size)
+        index = flat[part].flatten()
+        keys, values, biases = (x.index_select(0, index).view(-1, K * L, E if i < 2 else 1)
+                                for i, x in enumerate(blocks))
+        added = (biases.view(-1, K, L) + gates[part]).view(-1, 1, K * L)
+        scores = torch.baddbmm(added, queries[part], keys.mT, alpha=E ** -0.5)
+        yield part, queries[part], index, keys, values, scores.softmax(-1)
+
+
+class DynamicSparseAttention(nn.Module):
+    """Attention that drops the connections that do not matter: of each block of queries to the blocks of keys
+    of largest importance, no more than a density, no fewer than min_connections keys.
+
+    Importance of a block of keys: attention × learned importance, without the (P, P) scores. A key's learned
+    importance e^a, a linear in the hit, is part of its weight, too; a block's attention is that of its mean
+    and variances (second cumulant of the scores). Of the density × N blocks of largest importance those stay
+    that are within a factor e^temperature of the largest; temperature (H,) is learned, through gates that are
+    hard forward and sigmoids backward (straight-through, arXiv 1308.3432), renormalised over what stays. The
+    same in training and inference; x is in place_order. density 1 and a large temperature: dense attention.
+    """
+
+    def __init__(self, dim: int, n_heads: int, head_dim: int = 0, min_connections: int = 16,
+                 density: float = 0.1, query_blocks: int = 4):
+        super().__init__()
+        self.n_heads, self.head_dim = n_heads, head_dim or dim // n_heads
+        self.min_connections, self.query_blocks = min_connections, query_blocks  # key blocks a query block
+        inner = n_heads * self.head_dim
+        self.qkv, self.out = nn.Linear(dim, 3 * inner, bias=False), nn.Linear(inner, dim, bias=False)
+        self.importance = nn.Linear(dim, n_heads)
+        self.log_temperature = nn.Parameter(torch.full((n_heads,), 1.5))
+        self.register_buffer("density", torch.tensor(float(density)))
+        nn.init.zeros_(self.importance.weight)
+        nn.init.zeros_(self.importance.bias)
+
+    def forward(self, x: Tensor, real: Tensor, N: int, dense: bool = False) -> tuple[Tensor, dict]:
+        """x (B, P, D) in N equal blocks of neighbours, real (B, P) → (y (B, P, D), statistics (B,) that
+        gradients pass through: sparsity_ratio, active_connections, total_connections, retained_information,
+        entropy). `dense`: all connections, by scaled_dot_product_attention. Rows without a real hit give 0."""
+        B, P, _ = x.shape
+        q, k, v = self.qkv(x).view(B, P, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
+        bias = self.importance(x).transpose(1, 2)                                       # (B, H, P)
+        bias = bias.masked_fill(~real[:, None], -math.inf)
+        bias = torch.where(real.any(1)[:, None, None], bias, torch.zeros_like(bias))
+        if dense:
+            y = attend_biased(q, k, v, bias)
+            found = {}
+        else:
+            chosen, gate, found = self.choose(q, k, bias, real, N)
+            y = attend_chosen(q, k, v, bias, chosen, gate, N)
+        y = y.transpose(1, 2).flatten(2) * real[..., None]
+        return self.out(y), found
+
+    def choose(self, q: Tensor, k: Tensor, bias: Tensor, real: Tensor, N: int) -> tuple[Tensor, Tensor, dict]:
+        """(chosen (B, H, NI, K), gate (B, H, NI, K): 0 or -inf with the gradient of a sigmoid, statistics)."""
+        B, H, P, E = q.shape
+        wide = torch.promote_types(q.dtype, torch.float32)
+        NI = max(1, N // self.query_blocks)
+        mean_q, var_q, n_q = block_moments(q.to(wide), real, NI)
+        mean_k, var_k, n_k = block_moments(k.to(wide), real, N)
+        left = torch.cat([mean_q * E ** -0.5, mean_q.square() / (2 * E), var_q / (2 * E)], -1)
+        right = torch.cat([mean_k, var_k, mean_k.square()], -1)
+        weight = bias.to(wide).view(B, H, N, -1).logsumexp(-1)                          # of all its keys
+        weight = weight.masked_fill(n_k[:, None] == 0, -math.inf)
+        scores = left @ right.mT + weight[:, :, None]
+        scores = torch.where(real.any(1)[:, None, None, None], scores, torch.zeros_like(scores))
+        logs = scores.log_softmax(-1)                                                   # (B, H, NI, N)
+
+        K = min(N, max(math.ceil(float(self.density) * N), -(-self.min_connections // (P // N))))
+        enough = real.sum(1).clamp(max=self.min_connections)[:, None, None, None]
+        while True:
+            top, chosen = logs.topk(K, -1)
+            sizes = n_k[:, None, None].expand(B, H, NI, N).gather(3, chosen)
+            before = sizes.cumsum(-1) - sizes                                           # keys of better blocks
+            if K == N or bool((before[..., -1:] + sizes[..., -1:] >= enough).all()):
+                break
+            K = min(N, 2 * K)                                                           # blocks of few real hits
+        above = top - top[..., :1].detach() + self.log_temperature.exp()[:, None, None]
+        hard = ((above >= 0) | (before < enough)) & (top > -math.inf)
+        soft = torch.sigmoid(above)
+        gate = torch.where(hard, soft - soft.detach(), -math.inf).to(q.dtype)
+
+        stays = hard + soft - soft.detach()
+        pairs = stays * sizes * n_q[:, None, :, None]
+        total = real.sum(1).to(wide).square() * H
+        active = pairs.sum((1, 2, 3))
+        share = n_q / n_q.sum(1, keepdim=True).clamp(min=1) / H                         # of the queries, (B, NI)
+        p = logs.exp()
+        retained = ((top.exp() * stays).sum(-1) * share[:, None]).sum((1, 2))
+        entropy = -((p * logs.clamp(min=-1e4)).sum(-1) * share[:, None]).sum((1, 2)) / math.log(max(2, N))
+        return chosen, gate, {"sparsity_ratio": 1 - active / total.clamp(min=1), "active_connections": active,
+                              "total_connections": total, "retained_information": retained,
+                              "entropy": entropy}
+
+
+def block_moments(x: Tensor, real: Tensor, N: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(means, variances (B, H, N, E), counts (B, N)) of the real rows of x (B, H, P, E) in N equal blocks."""
+    B, H, P, E = x.shape
+    count = real.view(B, N, -1).sum(-1).to(x.dtype)
+    x = x * real[:, None, :, None]
+    divisor = count.clamp(min=1)[:, None, :, None]
+    parts = x.reshape(B, H, N, P // N, E)
+    mean = parts.sum(3) / divisor
+    square = parts.square().sum(3) / divisor
+    return mean, (square - mean.square()).clamp(min=0), count
+
+
+def attend_biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """softmax(q kᵀ / √E + bias) v by scaled_dot_product_attention, the bias (B, H, P) of the keys as one more
+    feature, so that it has a gradient and no (P, P) tensor is made."""
+    E, pad = q.shape[-1], -(q.shape[-1] + 1) % 8
+    bias = bias.clamp(min=-1e4)
+    q = torch.cat([q * E ** -0.5, torch.ones_like(q[..., :1])], -1)
+    k = torch.cat([k, bias[..., None].to(k.dtype)], -1)
+    q, k, v = F.pad(q, (0, pad)), F.pad(k, (0, pad)), F.pad(v, (0, pad + 1))
+    return F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :E]
+
+
+class DSALoss:
+    """task + sparsity × (1 - sparsity_ratio - density)² / density² + retention × (1 - retained_information) +
+    entropy × entropy: for each row of the batch, meaned over layers, summed over rows."""
+
+    def __init__(self, density: float = 0.05, sparsity: float = 0.01, retention: float = 0.01,
+                 entropy: float = 0.001):
+        self.density, self.weights = density, (sparsity, retention, entropy)
+
+    def __call__(self, task: Tensor, statistics: Sequence[dict]) -> Tensor:
+        """task (B,) → (B,); statistics as DynamicSparseAttention gives them, a dict a layer."""
+        for found in statistics:
+            terms = ((1 - found["sparsity_ratio"] - self.density).square() / self.density ** 2,
+                     1 - found["retained_information"], found["entropy"])
+            task = task + sum(w * t for w, t in zip(self.weights, terms, strict=True)) / len(statistics)
+        return task
+
+
 # 8. Mixture of experts.
 
 class MoE(nn.Module):

@@ -1,0 +1,864 @@
+"""Reconstruct where a muon entered and left a sphere of liquid scintillator, from its 2,000 most telling PMT hits.
+
+A transformer with dynamic sparsity attention (DSA: common.py, section 7) reads the hits as a set and gives a
+first answer and a description of the detector; a few Gauss-Newton steps, part of the network, then maximise a
+learned likelihood of the times of the first hits. Errors are in degrees and cm, on events never trained on.
+
+    python train_muon_dsa.py                                       simulates what it needs, if no data are there
+    python train_muon_dsa.py DATA="shards/*.pt" OUT=out/mine       x_data (N, T, 5): x, y, z [m], time [ns],
+                                                                   charge [pe]; y_data (N, 6): entry, exit [m]
+    torchrun --nproc_per_node 4 train_muon_dsa.py ATTENTION=dense
+    python train_muon_dsa.py EVAL="new/*.pt" OUT=out/mine          scores, and writes predictions.npz
+"""
+
+import dataclasses
+import functools
+import glob
+import hashlib
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import common
+from data import fit_muons, simulate_muons
+
+# Data
+DATA = ""             # shards, a glob; "" = data/muons/muons-*.pt, simulated if they are not there
+EVENTS = 4_000        # simulated where DATA is empty and nothing is there
+VALID_SHARE = 0.05    # of the events, by a hash of their hits: which file holds them does not matter
+TEST_SHARE = 0.05
+SEQ_LEN = 2_000       # hits an event at most; of more, the largest charges and every other one of the rest
+AUGMENT = True        # training events turned and mirrored at random
+TASK = "regression"   # entry and exit; "classification", "binary_classification": y_data (N,) are labels
+N_CLASSES = 2         # of "classification"
+
+# Model. "seed" is the system this one replaces, made to work: post-norm, dim 48, 6 heads, 4 layers, hidden 192
+PRESET = ""           # "seed"
+ATTENTION = "dsa"     # "dense": all connections
+DIM = 48              # width
+N_LAYERS = 2
+N_HEADS = 6
+HIDDEN_DIM = 192      # width inside the MLP
+NORM = "pre"          # "post"
+READOUT = "learned"   # attention of learned queries; "last": the last hit, as the old system had it
+OUTPUT = "points"     # two points made unit vectors; "raw": six numbers; "direction": entry and direction
+FRAME = "canonical"   # each event turned so that its first light is at +z; "detector"
+DENSITY = (0.10, 0.05)  # share of the connections that may stay, first and last update: half a cosine
+MIN_CONNECTIONS = 16  # keys that every query has at least
+REFINE = 4            # Gauss-Newton steps on the learned likelihood; 0 = the first answer is the answer
+MIXTURE = 3           # Gaussians of a hit's time
+HIT_DIM = 48          # width of the network that gives them
+CONTEXT = 16          # numbers by which the transformer describes the detector to it
+
+# Optimization
+STEPS = 3_000         # updates
+BATCH = 16            # events per update, over all processes
+MICRO_BATCH = 8       # events per forward and process
+OPTIMIZER = "adamw"   # "muon" for the hidden matrices, "adam"
+LR = 2e-3             # peak of Adam and AdamW
+MUON_LR = 0.01        # peak of Muon
+WEIGHT_DECAY = 0.01
+WARMUP = 100          # updates
+SCHEDULE = "cosine"
+FLOOR = 0.0           # last learning rate as a fraction of the peak
+CLIP = 1.0            # largest gradient norm; 0 = never clip
+LIKELIHOOD = 1.0      # weight of the hits' likelihood in the loss
+REFINED = 0.0         # weight of the refined ends' errors: trains through the Gauss-Newton steps
+SPARSITY = 0.01       # weights of DSALoss
+RETENTION = 0.01
+ENTROPY = 0.001
+PATIENCE = 0          # validations without a better one before it stops; 0 = never
+MAX_BAD_STEPS = 10    # updates in a row whose loss or gradient is not finite before it stops
+
+# Run
+SEED = 0
+DTYPE = "float32"     # of the transformer; the refinement is always float32
+OUT = "out/muon"
+RESUME = True         # go on with an unfinished run of the same command in OUT
+INIT = ""             # checkpoint or folder whose weights to begin with
+LOG_EVERY = 20        # updates
+EVAL_EVERY = 300      # updates; 0 = at the end only
+SAVE_EVERY = 100      # updates; 0 = at the end only
+VALID_EVENTS = 400    # at most so many in a validation; 0 = all (as the last one)
+FIT_STEPS = 0         # steps of data/fit_muons.py from the network's answer, where it is scored
+WANDB = "disabled"    # "offline", "online"
+EVAL = ""             # shards to reconstruct with the best checkpoint in OUT instead of training
+
+RADIUS = simulate_muons.RADIUS
+N_FEATURES = 9
+
+
+# Data: shards stay on disk, events are found by (file, row).
+
+class Events:
+    """The events of some shards: hits (N, T, 5) and targets, read as they are asked for."""
+
+    def __init__(self, pattern, need_targets=True):
+        paths = sorted(glob.glob(pattern))
+        if not paths:
+            raise common.BadInput(f"no file matches {pattern}; make some: python data/simulate_muons.py")
+        self.x, self.y, self.key = [], [], []
+        for path in paths:
+            x, y = read_shard(path, need_targets)
+            self.x.append(x)
+            self.y.append(y)
+        if any(y is None for y in self.y):
+            self.y = None
+        self.place = [(f, i) for f, x in enumerate(self.x) for i in range(len(x))]
+        self.name = f"{len(paths)} files {pattern}"
+        for x in self.x:                                 # an event is known by its first and largest hits
+            some = np.ascontiguousarray(x[:, :8].float().numpy())
+            self.key += [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in some]
+
+    def __len__(self):
+        return len(self.place)
+
+    def fingerprint(self):
+        return hashlib.sha256(b"".join(sorted(self.key))).hexdigest()[:16]
+
+    def split(self):
+        """Indices of training, validation and test events."""
+        share = np.array([int.from_bytes(k[:4], "big") / 2 ** 32 for k in self.key])
+        parts = share >= VALID_SHARE + TEST_SHARE, share < VALID_SHARE, (share >= VALID_SHARE)
+        parts = parts[0], parts[1], parts[2] & ~parts[0]
+        order = np.argsort(np.array(self.key))           # the same order however they are spread over files
+        return [order[p[order]] for p in parts]
+
+    def batch(self, indices, device):
+        """(hits (n, T, 5) float32, NaN where none; targets or None), on the device."""
+        x = torch.stack([self.x[f][i] for f, i in (self.place[j] for j in indices)]).float()
+        x = fewer(x) if x.shape[1] > SEQ_LEN else x
+        y = None
+        if self.y is not None:
+            y = torch.stack([self.y[f][i] for f, i in (self.place[j] for j in indices)]).to(device)
+            y = y.float().unflatten(1, (2, 3)) if TASK == "regression" else y.long()
+        return x.to(device, non_blocking=True), y
+
+
+def read_shard(path, need_targets=True):
+    """(x (N, T, 5), y or None) of a .pt file, memory-mapped; NaN rows are no hits. Says what is wrong."""
+    try:
+        found = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    except Exception as error:
+        raise common.BadInput(f"{path} cannot be read as tensors ({common._first_line(error)}); a shard is "
+                              "torch.save of a dict with x_data and y_data, without other objects") from None
+    if not isinstance(found, dict):
+        raise common.BadInput(f"{path} holds a {type(found).__name__}; a shard is a dict with x_data, y_data")
+    x, y = (found.get(a, found.get(b)) for a, b in (("x_data", "data"), ("y_data", "targets")))
+    if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[2] != 5 or not x.is_floating_point():
+        shape = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else "missing"
+        raise common.BadInput(f"{path}: x_data is {shape}; it must be (N, T, 5) floats: x, y, z [m], time [ns], "
+                              "charge [pe]")
+    bad = (~x.isfinite()).any(-1) & x.isfinite().any(-1)
+    if bad.any():
+        event, hit = bad.nonzero()[0].tolist()
+        raise common.BadInput(f"{path}: hit {hit} of event {event} has a number that is not finite; a row that "
+                              "is no hit is NaN in all five")
+    empty = (~x.isfinite()).all(-1).sum(1) > x.shape[1] - min(10, x.shape[1])
+    if empty.any():
+        raise common.BadInput(f"{path}: event {int(empty.nonzero()[0])} has fewer than 10 hits; leave it out")
+    far = x[:, :, :3].float().norm(dim=-1).nan_to_num(0).amax()
+    if far > 10 * simulate_muons.PMT_RADIUS:
+        raise common.BadInput(f"{path}: a PMT is {far:.4g} from the centre; positions are in metres (19.5): are "
+                              "these millimetres? divide by 1000")
+    if y is None:
+        if need_targets:
+            raise common.BadInput(f"{path} has no y_data (or targets); training needs them")
+        return x, None
+    wanted = (len(x), 6) if TASK == "regression" else (len(x),)
+    if not isinstance(y, Tensor) or tuple(y.shape) != wanted:
+        shape = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        raise common.BadInput(f"{path}: y_data is {shape}; TASK {TASK} needs {wanted}")
+    if TASK == "regression":
+        off = (y.float().unflatten(1, (2, 3)).norm(dim=-1) - RADIUS).abs()
+        if not (off < 0.1).all():
+            event = int((~(off < 0.1)).any(1).nonzero()[0])
+            raise common.BadInput(f"{path}: target {event} lies {float(off[event].max()):.4g} m off the sphere of "
+                                  f"{RADIUS} m; entry and exit are points on it, in metres")
+    elif y.min() < 0 or y.max() >= (2 if TASK == "binary_classification" else N_CLASSES):
+        raise common.BadInput(f"{path}: labels from {int(y.min())} to {int(y.max())}; TASK {TASK} has "
+                              f"{2 if TASK == 'binary_classification' else N_CLASSES} classes")
+    return x, y
+
+
+def fewer(x):
+    """SEQ_LEN of the hits of x (n, T, 5): half the largest charges, and evenly of the rest by time."""
+    half = SEQ_LEN // 2
+    order = x[..., 4].nan_to_num(-1).argsort(1, descending=True, stable=True)
+    real = x.isfinite().all(-1).sum(1)
+    rows = []
+    for row, index, n in zip(x, order, real.tolist(), strict=True):
+        rest = index[half:max(half, n)]
+        rest = rest[row[rest, 3].argsort()]
+        rest = rest[torch.linspace(0, max(0, len(rest) - 1), min(SEQ_LEN - half, len(rest))).long()]
+        kept = row[torch.cat([index[:min(half, n)], rest])]
+        rows.append(F.pad(kept, (0, 0, 0, SEQ_LEN - len(kept)), value=math.nan))
+    return torch.stack(rows)
+
+
+def turned(x, y, rng):
+    """Hits and targets turned by a random rotation, mirrored in half the cases; an event each its own."""
+    n = len(x)
+    matrix, r = np.linalg.qr(rng.standard_normal((n, 3, 3)))
+    matrix = torch.from_numpy(matrix * np.sign(np.diagonal(r, axis1=1, axis2=2))[:, None]).to(x)
+    return torch.cat([x[..., :3] @ matrix, x[..., 3:]], -1), y @ matrix if TASK == "regression" else y
+
+
+# The model.
+
+def frames(x, real):
+    """(rotations (B, 3, 3) whose rows are the axes of each event's canonical frame, time (B,) of the first
+    light): z to the first light, x to the bulk of the charge far from it."""
+    first = fit_muons.first_time(x[..., 3], real)
+    late = x[..., 3] - first[:, None]
+    early = torch.where(real & (late > -1), (-late.clamp(min=0) / 4).exp(), 0.0)
+    z = F.normalize((x[..., :3] * early[..., None]).sum(1), dim=-1)
+    unit = F.normalize(x[..., :3], dim=-1)
+    charge = x[..., 4].clamp(min=0) * real * (1 - (unit * z[:, None]).sum(-1))
+    bulk = (unit * charge[..., None]).sum(1)
+    across = bulk - (bulk * z).sum(-1, keepdim=True) * z
+    spare = torch.where(z[:, :1].abs() < 0.7, z.new_tensor([1.0, 0, 0]), z.new_tensor([0, 1.0, 0]))
+    spare = spare - (spare * z).sum(-1, keepdim=True) * z
+    across = torch.where(across.norm(dim=-1, keepdim=True) > 1e-3 * charge.sum(1, keepdim=True), across, spare)
+    across = F.normalize(across, dim=-1)
+    return torch.stack([across, torch.linalg.cross(z, across), z], 1), first
+
+
+class Layer(nn.Module):
+    """Attention and MLP with residuals, norms before ("pre") or behind ("post") them."""
+
+    def __init__(self, dim, n_heads, hidden_dim, norm, min_connections):
+        super().__init__()
+        self.attention = common.DynamicSparseAttention(dim, n_heads, min_connections=min_connections)
+        self.inner, self.outer = nn.Linear(dim, hidden_dim), nn.Linear(hidden_dim, dim)
+        self.norm_attn, self.norm_mlp = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.pre = norm == "pre"
+        if self.pre:
+            nn.init.zeros_(self.attention.out.weight)
+            nn.init.zeros_(self.outer.weight)
+
+    def mlp(self, x):
+        return self.outer(F.gelu(self.inner(x)))
+
+    def forward(self, x, real, N, dense):
+        if self.pre:
+            y, found = self.attention(self.norm_attn(x), real, N, dense)
+            x = x + y
+            return x + self.mlp(self.norm_mlp(x)), found
+        y, found = self.attention(x, real, N, dense)
+        x = self.norm_attn(x + y)
+        return self.norm_mlp(x + self.mlp(x)), found
+
+
+class HitTimes(nn.Module):
+    """The likelihood of the time of a hit, given a track: a mixture of Gaussians and 1% noise, from the geometry
+    of the light that could come first, the charge, and the event's context."""
+
+    def __init__(self, context, width, n_mixture):
+        super().__init__()
+        self.first, self.context = nn.Linear(13, width), nn.Linear(context, width, bias=False)
+        self.second, self.last = nn.Linear(width, width), nn.Linear(width, 3 * n_mixture)
+        nn.init.zeros_(self.last.weight)
+        spread = torch.linspace(-3, 3, n_mixture)
+        self.last.bias.data = torch.cat([torch.zeros(n_mixture), spread, torch.full((n_mixture,), 1.0)])
+
+    def forward(self, entry, exit, x, largest, context):
+        """(arrival + delays (B, T, M) in ns, log spreads, log shares) of hits x (B, T, 5) of tracks with ends
+        (B, T, 3); largest (B,) charge of the event, context (B, C)."""
+        arrival, geometry = fit_muons.first_light(entry, exit, x[..., :3])
+        charge = x[..., 4].clamp(min=0.3).log()
+        gap = (charge - largest[:, None].log()).clamp(min=-6)
+        light = torch.stack([charge / 3 - 2, gap / 3, (gap * 20).exp(), (geometry[..., 0] <= 0).to(gap),
+                             (geometry[..., 0] >= 1).to(gap)], -1)
+        h = F.silu(self.first(torch.cat([geometry, light], -1)) + self.context(context)[:, None])
+        shares, delays, spreads = self.last(F.silu(self.second(h))).chunk(3, -1)
+        return arrival[..., None] + delays, spreads.clamp(-1.5, 3.5), shares.log_softmax(-1)
+
+
+def log_likelihood(times, centers, spreads, shares):
+    """(log-likelihood, its information and slope in the time) (B, T) of times (B, T) under HitTimes' mixture."""
+    left = (times[..., None] - centers) * (-spreads).exp()
+    logs = shares + math.log(0.99) - 0.5 * left.square() - spreads - 0.5 * math.log(2 * math.pi)
+    noise = logs.new_full((*logs.shape[:-1], 1), math.log(0.01 / 500))
+    total = torch.cat([logs, noise], -1).logsumexp(-1)
+    part = (logs - total[..., None]).exp().detach()      # whose light it probably was
+    precision = (-2 * spreads).exp().detach()
+    slope = (part * left.detach() * (-spreads).exp().detach()).sum(-1)
+    whole = (part * precision).sum(-1)
+    spare = (part * left.detach().square() * precision).sum(-1) - slope.square()
+    return total, torch.maximum(whole - spare, 0.25 * whole), slope
+
+
+class MuonNet(nn.Module):
+    """Hits (B, T, 5) → ends (B, 2, 3) in m, or logits: transformer with dynamic sparsity attention over hits in
+    place order, learned readout, Gauss-Newton steps on the hits' likelihood."""
+
+    def __init__(self, task="regression", n_outputs=6, dim=48, n_layers=2, n_heads=6, hidden_dim=192, norm="pre",
+                 readout="learned", output="points", frame="canonical", min_connections=16, dense=False,
+                 context=16, hit_dim=48, n_mixture=3):
+        super().__init__()
+        self.sizes = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.task, self.readout, self.output, self.frame, self.dense = task, readout, output, frame, dense
+        self.register_buffer("mean", torch.zeros(N_FEATURES))
+        self.register_buffer("scale", torch.ones(N_FEATURES))
+        self.input = nn.Linear(N_FEATURES, dim)
+        self.layers = nn.ModuleList(Layer(dim, n_heads, hidden_dim, norm, min_connections)
+                                    for _ in range(n_layers))
+        self.norm = nn.LayerNorm(dim)
+        self.n_pools = 4
+        self.pools, self.pooled = nn.Linear(dim, self.n_pools * n_heads), nn.Linear(dim, dim)
+        wide = dim * (self.n_pools if readout == "learned" else 1)
+        self.head = nn.Sequential(nn.Linear(wide, 4 * dim), nn.GELU(), nn.Linear(4 * dim, n_outputs + context))
+        self.hits = HitTimes(context, hit_dim, n_mixture)
+        self.n_context = context
+        if task == "regression":                         # at first a track from the entry through the centre
+            self.head[2].bias.data[:6] = torch.tensor([0, 0, 1.0, 0, 0, -1.0])
+
+    def features(self, x, real, rotation, first):
+        """(B, T, N_FEATURES): place, times on three scales, charge, charge against the event's."""
+        place = x[..., :3] @ rotation.mT / simulate_muons.PMT_RADIUS
+        late = x[..., 3] - first[:, None]
+        charge = x[..., 4].clamp(min=0.3).log()
+        mean = (charge * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
+        parts = torch.stack([late.clamp(-50, 400) / 100, (late / 20).tanh(), (-late.clamp(min=-5) / 10).exp(),
+                             charge, charge - mean, mean.expand_as(charge)], -1)
+        return torch.cat([place, parts], -1)
+
+    def forward(self, x, refine=0, graph=False):
+        """x (B, T, 5), NaN rows no hits → {"ends": first answer (B, 2, 3), "refined" after `refine` steps,
+        "context", "statistics": a dict a layer}, or {"logits", ...}."""
+        real = x.isfinite().all(-1)
+        x = torch.where(real[..., None], x, torch.zeros_like(x))
+        rotation, first = frames(x, real)
+        if self.frame == "detector":
+            rotation = torch.eye(3, device=x.device).expand_as(rotation)
+        features = (self.features(x, real, rotation, first) - self.mean) / self.scale
+        index, N = common.place_order(x[..., :3] @ rotation.mT, real)
+        row = torch.arange(len(x), device=x.device)[:, None]
+        features = F.pad(features, (0, 0, 0, 1))[row, index]
+        present = F.pad(real, (0, 1))[row, index]
+        h = self.input(features) * present[..., None]
+        statistics = []
+        for layer in self.layers:
+            h, found = layer(h, present, N, self.dense)
+            statistics.append(found)
+        y = self.head(self.read(self.norm(h), present, features))
+        y = y.float()
+        if self.task != "regression":
+            return {"logits": y[:, :-self.n_context], "statistics": statistics}
+        answer, context = y[:, :6].unflatten(1, (2, 3)), y[:, 6:]
+        out = {"context": context, "statistics": statistics, "ends": self.ends(answer) @ rotation}
+        if refine:
+            with torch.autocast(x.device.type, enabled=False):
+                out["refined"] = self.refine(out["ends"], x, real, first, context, refine, graph)
+        return out
+
+    def read(self, h, real, features):
+        """What is read out of the hits h (B, P, D): (B, pools × D)."""
+        if self.readout == "last":
+            late = torch.where(real, features[..., 3], -math.inf).argmax(1)
+            return h[torch.arange(len(h), device=h.device), late]
+        weights = self.pools(h).masked_fill(~real[..., None], -math.inf).softmax(1)          # (B, P, R H)
+        values = self.pooled(h).unflatten(-1, (weights.shape[-1] // self.n_pools, -1))       # (B, P, H, E)
+        weights = weights.unflatten(-1, (self.n_pools, -1))
+        return torch.einsum("bprh,bphe->brhe", weights, values).flatten(1)
+
+    def ends(self, answer):
+        """Entry and exit (B, 2, 3) in m, in the event's frame, of the answer (B, 2, 3)."""
+        if self.output == "raw":
+            return answer * RADIUS
+        if self.output == "points":
+            return fit_muons.on_sphere(answer)
+        entry, way = F.normalize(answer[:, 0], dim=-1), F.normalize(answer[:, 1], dim=-1)
+        return torch.stack([entry, entry - 2 * (entry * way).sum(-1, keepdim=True) * way], 1) * RADIUS
+
+    def refine(self, ends, x, real, first, context, steps, graph=False):
+        """Ends after Gauss-Newton steps on the likelihood of the hits' times."""
+        ends = fit_muons.on_sphere(ends)
+        if not graph:
+            ends, context = ends.detach(), context.detach()
+        for step in range(steps):
+            every = 4 if step < steps - 2 else 1         # far from the answer, fewer hits do
+            part = x[:, step % every::every]
+            ends = self.step(ends, part, real[:, step % every::every], first, context,
+                             x[..., 4].amax(1), graph)
+        return ends
+
+    def step(self, ends, x, real, first, context, largest, graph):
+        """One Gauss-Newton step of ends and the event's time, no longer than 3 m."""
+        late = (x[..., 3] - first[:, None]).clamp(-100, 600)
+        with torch.enable_grad():
+            wide = ends[:, :, None].expand(-1, -1, x.shape[1], -1)
+            entry, exit = wide[:, 0].contiguous(), wide[:, 1].contiguous()
+            if not graph:
+                entry, exit = entry.detach().requires_grad_(), exit.detach().requires_grad_()
+            centers, spreads, shares = self.hits(entry, exit, x, largest, context)
+            offset = event_time(late, real, centers, spreads, shares)
+            total, information, slope = log_likelihood(late - offset[:, None], centers, spreads, shares)
+            gradient = torch.autograd.grad((total * real).sum(), (entry, exit), create_graph=graph,
+                                           retain_graph=True)
+            mean = (shares.exp() * centers).sum(-1)
+            slopes = torch.autograd.grad(mean.sum(), (entry, exit), create_graph=graph)
+        across = fit_muons.tangents(ends.detach() if not graph else ends)
+        gradient, slopes = (torch.cat([g @ across[:, i].mT for i, g in enumerate(parts)], -1)
+                            for parts in (gradient, slopes))                       # (B, T, 4)
+        slopes = torch.cat([slopes, torch.ones_like(slopes[..., :1])], -1)
+        weight = information * real
+        if not graph:
+            weight, slopes = weight.detach(), slopes.detach()
+        normal = (slopes * weight[..., None]).mT @ slopes
+        normal = normal + torch.diag_embed(1e-3 * normal.diagonal(dim1=1, dim2=2) + 1e-6)
+        pull = torch.cat([gradient.sum(1), (slope * real).sum(1, keepdim=True)], -1)
+        move = torch.linalg.solve(normal.double(), pull.double())[:, :4].to(ends)
+        size = move.unflatten(-1, (2, 2)).norm(dim=-1).amax(1, keepdim=True)
+        return fit_muons.move(ends, move * (3 / size.clamp(min=3)))
+
+    def set_density(self, density):
+        for layer in self.layers:
+            layer.attention.density.fill_(density)
+
+
+@torch.no_grad()
+def event_time(late, real, centers, spreads, shares):
+    """The time (B,) at which the muon entered, of the greatest likelihood near the median of what hits say."""
+    left = torch.where(real, late - (shares.exp() * centers).sum(-1), math.nan)
+    offset = left.nanmedian(1).values
+    for _ in range(4):
+        _, information, slope = log_likelihood(late - offset[:, None], centers, spreads, shares)
+        offset = offset + ((slope * real).sum(1) / (information * real).sum(1).clamp(min=1e-6)).clamp(-5, 5)
+    return offset
+
+
+def make_model():
+    sizes = dict(task=TASK, n_outputs={"regression": 6, "classification": N_CLASSES}.get(TASK, 1), dim=DIM,
+                 n_layers=N_LAYERS, n_heads=N_HEADS, hidden_dim=HIDDEN_DIM, norm=NORM, readout=READOUT,
+                 output=OUTPUT, frame=FRAME, min_connections=MIN_CONNECTIONS, dense=ATTENTION == "dense",
+                 context=CONTEXT, hit_dim=HIT_DIM, n_mixture=MIXTURE)
+    if PRESET == "seed":
+        sizes |= dict(dim=48, n_layers=4, n_heads=6, hidden_dim=192, norm="post")
+    model = MuonNet(**sizes)
+    if TASK != "regression" or not LIKELIHOOD and not (REFINE and REFINED):
+        model.hits.requires_grad_(False)                 # nothing in the loss asks for it
+    if ATTENTION == "dense":
+        for layer in model.layers:
+            layer.attention.log_temperature.requires_grad_(False)
+    return model
+
+
+def normalise(model, events, indices):
+    """Mean and spread of the input features, of at most 500 training events."""
+    x, _ = events.batch(indices[:500], "cpu")
+    real = x.isfinite().all(-1)
+    x = torch.where(real[..., None], x, torch.zeros_like(x))
+    rotation, first = frames(x, real)
+    if FRAME == "detector":
+        rotation = torch.eye(3).expand_as(rotation)
+    features = model.features(x, real, rotation, first)[real]
+    model.mean.copy_(features.mean(0))
+    model.scale.copy_(features.std(0).clamp(min=1e-3))
+
+
+def density_at(step):
+    """Share of the connections at an update: half a cosine from the first DENSITY to the second."""
+    done = 0.5 - 0.5 * math.cos(math.pi * min(1.0, step / max(1, STEPS - 1)))
+    return DENSITY[0] + (DENSITY[1] - DENSITY[0]) * done
+
+
+def task_loss(out, y):
+    """(B,) of a forward: metres for tracks, nats for classes."""
+    if TASK == "classification":
+        return F.cross_entropy(out["logits"], y, reduction="none")
+    if TASK == "binary_classification":
+        return F.binary_cross_entropy_with_logits(out["logits"][:, 0], y.float(), reduction="none")
+    return distance(out["ends"], y)
+
+
+def distance(ends, y):
+    """Mean distance (B,) in m of ends and truth, smooth below 2 mm."""
+    return ((ends - y).square().sum(-1) + 4e-6).sqrt().mean(-1)
+
+
+def hits_loss(model, out, x, y):
+    """Negative log-likelihood (B,) a hit of the true tracks."""
+    real = x.isfinite().all(-1)
+    x = torch.where(real[..., None], x, torch.zeros_like(x))
+    _, first = frames(x, real)
+    late = (x[..., 3] - first[:, None]).clamp(-100, 600)
+    entry, exit = (y[:, i, None].expand(-1, x.shape[1], -1) for i in (0, 1))
+    parts = model.hits(entry, exit, x, x[..., 4].amax(1), out["context"])
+    offset = event_time(late, real, *(p.detach() for p in parts))
+    total, *_ = log_likelihood(late - offset[:, None], *parts)
+    return -(total * real).sum(1) / real.sum(1)
+
+
+@torch.no_grad()
+def predict(run, model, events, indices, keep=("ends",)):
+    """This process's share of the outputs for the events, a dict of tensors on the CPU, and the targets."""
+    model.eval()
+    found, truth, mine = {}, [], indices[run.rank::run.world]
+    for i in range(0, len(mine), MICRO_BATCH):
+        x, y = events.batch(mine[i:i + MICRO_BATCH], run.device)
+        with run.autocast():
+            out = model(x, REFINE if TASK == "regression" else 0)
+        if "refined" in out and FIT_STEPS:
+            out["fitted"] = fit_muons.fit(x, calibration(run.device), out["refined"], FIT_STEPS)
+        for name in ("ends", "refined", "fitted", "logits"):
+            if name in out:
+                found.setdefault(name, []).append(out[name].float().cpu())
+        truth += [] if y is None else [y.cpu()]
+    model.train()
+    return {k: torch.cat(v) for k, v in found.items()}, torch.cat(truth) if truth else None
+
+
+@functools.cache
+def calibration(device):
+    x, ends = fit_muons.calibration_events()
+    return tuple(c.to(device) for c in fit_muons.calibrate(torch.nan_to_num(x), ends, x.isfinite().all(-1)))
+
+
+def gather(run, value):
+    """The tensors of all processes, one after the other, on every process."""
+    if run.world == 1:
+        return value
+    parts = [None] * run.world
+    torch.distributed.all_gather_object(parts, value)
+    return torch.cat(parts)
+
+
+def evaluate(run, model, events, indices):
+    """What a physicist asks for, of the last answer there is ("first_" before refinement), all events."""
+    found, truth = predict(run, model, events, indices)
+    found, truth = {k: gather(run, v) for k, v in found.items()}, gather(run, truth)
+    if TASK != "regression":
+        logits = found["logits"]
+        guess = logits.argmax(-1) if TASK == "classification" else (logits[:, 0] > 0).long()
+        return {"accuracy": float((guess == truth).float().mean()), "events": len(truth),
+                "majority": float(torch.bincount(truth).max() / len(truth))}
+    last = [k for k in ("ends", "refined", "fitted") if k in found][-1]
+    metrics = fit_muons.summary(fit_muons.errors(found[last], truth)) | {"events": len(truth)}
+    first = fit_muons.summary(fit_muons.errors(found["ends"], truth))
+    metrics |= {f"first_{k}": v for k, v in first.items()} if last != "ends" else {}
+    if last == "fitted":
+        between = fit_muons.summary(fit_muons.errors(found["refined"], truth))
+        metrics |= {f"network_{k}": v for k, v in between.items()}
+    return metrics
+
+
+def flat(metrics):
+    """Medians only, for a line of the record."""
+    return {k: v[0] if isinstance(v, list) else v for k, v in metrics.items()}
+
+
+def goodness(metrics):
+    """Lower is better: the 68% quantiles in cm, and failures."""
+    if TASK != "regression":
+        return -metrics["accuracy"]
+    return metrics["entry_cm"][1] + metrics["exit_cm"][1] + 100 * metrics["failures"] / metrics["events"]
+
+
+# Plots.
+
+def plot_results(ends, truth, out):
+    """OUT/residuals.png and OUT/resolution.png."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    found = fit_muons.errors(ends, truth)
+    names = {"angle_deg": "angle [degrees]", "dD_cm": "distance from the centre, error [cm]",
+             "entry_cm": "entry, error [cm]", "exit_cm": "exit, error [cm]"}
+    figure, axes = pyplot.subplots(2, 2, figsize=(9, 6.4))
+    for axis, (key, label) in zip(axes.ravel(), names.items(), strict=True):
+        value = found[key].numpy()
+        axis.hist(value, 60, (0, float(np.quantile(value, 0.98)) * 1.1 + 1e-6), color="steelblue")
+        axis.axvline(np.median(value), color="black", label=f"median {np.median(value):.3g}")
+        axis.axvline(np.quantile(value, 0.68), color="black", linestyle=":",
+                     label=f"68% {np.quantile(value, 0.68):.3g}")
+        axis.set(xlabel=label, ylabel="events")
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(Path(out) / "residuals.png", dpi=110)
+    pyplot.close(figure)
+    way = F.normalize(truth[:, 1] - truth[:, 0], dim=-1)
+    closest = (truth[:, 0] - (truth[:, 0] * way).sum(-1, keepdim=True) * way).norm(dim=-1).numpy()
+    edges = np.linspace(0, RADIUS, 10)
+    where = np.digitize(closest, edges) - 1
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.8))
+    for axis, keys in ((axes[0], ["angle_deg"]), (axes[1], ["dD_cm", "entry_cm", "exit_cm"])):
+        for key in keys:
+            for share, style in ((0.5, "o-"), (0.68, "x:")):
+                points = [(edges[b:b + 2].mean(), np.quantile(found[key].numpy()[where == b], share))
+                          for b in range(len(edges) - 1) if (where == b).sum() >= 3]
+                if points:
+                    axis.plot(*zip(*points, strict=True), style, label=f"{names[key]}, {share:.0%}")
+        axis.set(xlabel="closest approach to the centre [m]", yscale="log")
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(Path(out) / "resolution.png", dpi=110)
+    pyplot.close(figure)
+
+
+@torch.no_grad()
+def plot_event(run, model, events, index, ends, out):
+    """OUT/event.png: one event on a map, its tracks, and the hits that those around its entry look at."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    x, y = events.batch([index], run.device)
+    seen, queries = chosen_hits(model, x, y[0, 0])
+    x, y, ends = x[0].cpu(), y[0].cpu(), ends.cpu()
+    figure, axis = pyplot.subplots(figsize=(9, 4.6))
+
+    def onto(p):
+        return torch.atan2(p[..., 1], p[..., 0]), p[..., 2] / p.norm(dim=-1)
+    points = axis.scatter(*onto(x[:, :3]), 2 + x[:, 4] / 150, x[:, 3].clamp(*np.quantile(x[:, 3], [0.02, 0.98])))
+    axis.scatter(*onto(x[seen, :3]), 24, facecolors="none", edgecolors="orange", linewidths=0.7,
+                 label="chosen by the attention of the hits in red")
+    axis.scatter(*onto(x[queries, :3]), 8, color="red")
+    for track, color, name in ((y, "black", "true"), (ends, "magenta", "reconstructed")):
+        axis.plot(*onto(track[:1]), "v", color=color, label=f"{name} entry")
+        axis.plot(*onto(track[1:]), "^", color=color, label=f"{name} exit")
+    axis.set(xlabel="azimuth [rad]", ylabel="cos(polar angle)")
+    axis.legend(loc="upper right", fontsize=7)
+    figure.colorbar(points, label="time of the first hit [ns]")
+    figure.tight_layout()
+    figure.savefig(Path(out) / "event.png", dpi=110)
+    pyplot.close(figure)
+
+
+@torch.no_grad()
+def chosen_hits(model, x, place):
+    """Indices of the hits that the block of queries nearest to a place (3,) chose in the last layer, by any
+    head, and of those queries; x (1, T, 5)."""
+    attention, caught = model.layers[-1].attention, {}
+
+    def catch(module, inputs, output):
+        caught["inputs"] = inputs
+    handle = attention.register_forward_hook(catch)
+    model(x)
+    handle.remove()
+    h, present, N, *_ = caught["inputs"]
+    B, P, _ = h.shape
+    q, k, _ = attention.qkv(h).view(B, P, 3, attention.n_heads, -1).permute(2, 0, 3, 1, 4)
+    bias = attention.importance(h).transpose(1, 2).masked_fill(~present[:, None], -math.inf)
+    chosen, gate, _ = attention.choose(q, k, bias, present, N)
+    real = x.isfinite().all(-1)
+    rotation, _ = frames(torch.nan_to_num(x), real)
+    if model.frame == "detector":
+        rotation = torch.eye(3, device=x.device)[None]
+    index, _ = common.place_order(torch.nan_to_num(x)[..., :3] @ rotation.mT, real)
+    near = (F.pad(torch.nan_to_num(x[0, :, :3]), (0, 0, 0, 1), value=1e6)[index[0]] - place).norm(dim=-1).argmin()
+    NI = chosen.shape[2]
+    block = int(near) // (P // NI)
+    blocks = chosen[0, :, block][gate[0, :, block] > -math.inf].unique()
+    hits = index[0].view(N, -1)[blocks].flatten()
+    queries = index[0].view(NI, -1)[block]
+    return hits[hits < x.shape[1]].cpu(), queries[queries < x.shape[1]].cpu()
+
+
+def score():
+    """EVAL: reconstruct shards with the best checkpoint in OUT; score them where they have targets."""
+    global TASK
+    run = common.start(SEED, DTYPE)
+    model = build(common.load(common.newest_checkpoint(OUT))).to(run.device)
+    TASK = model.task
+    events = Events(EVAL, need_targets=False)
+    indices = np.arange(len(events))
+    if events.y is not None:
+        found = evaluate(run, model, events, indices)
+    else:
+        found = {"events": len(events)}
+    begin = time.perf_counter()
+    answers, _ = predict(run, model, events, indices)
+    rate = len(indices) / (time.perf_counter() - begin)
+    answers = {k: gather(run, v) for k, v in answers.items()}
+    order = np.concatenate([indices[r::run.world] for r in range(run.world)])
+    answers = {k: v[np.argsort(order)].numpy() for k, v in answers.items()}
+    if run.first:
+        last = [k for k in ("ends", "refined", "fitted", "logits") if k in answers][-1]
+        arrays = {"logits": answers[last]} if last == "logits" else {"entry": answers[last][:, 0],
+                                                                     "exit": answers[last][:, 1]}
+        common.write_whole(Path(OUT) / "predictions.npz", lambda file: np.savez(file, **arrays))
+    common.write_result(run, OUT, found | {"events_per_s": round(rate, 2)})
+    for name, value in (found | {"events_per_s": round(rate, 1)}).items():
+        run.say(f"{name:16} {value}")
+    common.stop(run)
+    return found
+
+
+def build(checkpoint):
+    """The model of a checkpoint."""
+    if checkpoint["kind"] != "MuonNet":
+        raise common.BadInput(f"the checkpoint holds a {checkpoint['kind']}; this works on MuonNet")
+    model = MuonNet(**checkpoint["sizes"])
+    model.load_state_dict(checkpoint["model"])
+    return model
+
+
+def simulated(run):
+    """The pattern of the default data, made by data/simulate_muons.py where they are not there."""
+    folder = Path(__file__).parent / "data" / "muons"
+    if not list(folder.glob("muons-*.pt")):
+        run.say(f"DATA is empty and {folder} holds no muons-*.pt: simulating {EVENTS} events of randomised "
+                "detectors; for more: python data/simulate_muons.py EVENTS=20000")
+        if run.first:
+            simulate_muons.simulate(folder, EVENTS=EVENTS, NAME="muons", DETECTOR="random")
+    run.wait()
+    return str(folder / "muons-*.pt")
+
+
+def check_constants(run):
+    common.divisible(MICRO_BATCH=(MICRO_BATCH, 1), STEPS=(STEPS, 1), BATCH=(BATCH, run.world), SEQ_LEN=(SEQ_LEN, 1),
+                     DIM=(DIM, N_HEADS), N_LAYERS=(N_LAYERS, 1), MIXTURE=(MIXTURE, 1), EVENTS=(EVENTS, 1))
+    common.within(0, math.inf, LR=LR, MUON_LR=MUON_LR, WEIGHT_DECAY=WEIGHT_DECAY, CLIP=CLIP, WARMUP=WARMUP,
+                  PATIENCE=PATIENCE, LOG_EVERY=LOG_EVERY, EVAL_EVERY=EVAL_EVERY, SAVE_EVERY=SAVE_EVERY,
+                  REFINE=REFINE, FIT_STEPS=FIT_STEPS, LIKELIHOOD=LIKELIHOOD, REFINED=REFINED, SPARSITY=SPARSITY,
+                  RETENTION=RETENTION, ENTROPY=ENTROPY, VALID_EVENTS=VALID_EVENTS)
+    common.within(1, math.inf, MAX_BAD_STEPS=MAX_BAD_STEPS, MIN_CONNECTIONS=MIN_CONNECTIONS)
+    common.within(0, 1, FLOOR=FLOOR, VALID_SHARE=VALID_SHARE, TEST_SHARE=TEST_SHARE)
+    if len(DENSITY) != 2 or not all(0 < d <= 1 for d in DENSITY):
+        raise common.BadInput(f"DENSITY {DENSITY} must be two shares above 0, at most 1")
+    for name, value, allowed in (("TASK", TASK, ("regression", "classification", "binary_classification")),
+                                 ("ATTENTION", ATTENTION, ("dsa", "dense")), ("NORM", NORM, ("pre", "post")),
+                                 ("PRESET", PRESET, ("", "seed")), ("READOUT", READOUT, ("learned", "last")),
+                                 ("OUTPUT", OUTPUT, ("points", "raw", "direction")),
+                                 ("FRAME", FRAME, ("canonical", "detector"))):
+        if value not in allowed:
+            raise common.BadInput(f"{name} {value!r} is not one of {', '.join(map(repr, allowed))}")
+
+
+def main():
+    if EVAL:
+        return score()
+    run = common.start(SEED, DTYPE)
+    check_constants(run)
+    events = Events(DATA or simulated(run))
+    train, valid, test = events.split()
+    if len(train) < BATCH or not len(valid) or not len(test):
+        raise common.BadInput(f"{len(events)} events of {events.name} give {len(train)} to train on, {len(valid)} "
+                              f"and {len(test)} to validate and test; more are needed, or a smaller BATCH {BATCH}")
+
+    model = make_model()
+    normalise(model, events, train)
+    if INIT:
+        model.load_state_dict(common.load(common.newest_checkpoint(INIT))["model"])
+    model = model.to(run.device)
+    optimizers = common.make_optimizers(model, OPTIMIZER, LR, MUON_LR, WEIGHT_DECAY)
+    constants, fingerprint = common.literals(globals()), events.fingerprint()
+    found = common.resume(run, OUT, constants, RESUME, fingerprint)
+    state = found["state"] if found else {"fingerprint": fingerprint, "best": math.inf, "since": 0, "bad": 0}
+    first = common.restore(run, found, model, optimizers) if found else 0
+    net = run.wrap(model)
+    record = common.Record(run, OUT, STEPS, first, WANDB, constants, state)
+    parameters = sum(p.numel() for p in model.parameters())
+    record.show(f"{ATTENTION} attention, {parameters / 1e3:.0f}k parameters; {events.name}: {len(train)} + "
+                f"{len(valid)} + {len(test)} events; {run.world} × {run.device} {str(run.dtype)[6:]}; {OUT}")
+    dsa_loss = common.DSALoss(0.0, SPARSITY, RETENTION, ENTROPY)
+
+    def loss_of(batch):
+        x, y = batch
+        out = net(x, REFINE if REFINED else 0, True)
+        loss = task_loss(out, y)
+        if TASK == "regression":
+            with torch.autocast(x.device.type, enabled=False):
+                if LIKELIHOOD:
+                    loss = loss + LIKELIHOOD * hits_loss(model, out, x, y)
+                if REFINED:
+                    loss = loss + REFINED * distance(out["refined"], y)
+        if ATTENTION == "dsa":
+            loss = dsa_loss(loss, out["statistics"])
+            watched.append({k: v.detach().mean() for k, v in out["statistics"][-1].items()})
+        return loss.sum(), len(x)
+
+    def batches(step):
+        rng = np.random.default_rng((SEED, step))
+        epoch, place = divmod(step * BATCH, len(train))
+        order = np.random.default_rng((SEED, 0, epoch)).permutation(train)
+        if place + BATCH > len(order):
+            order = np.concatenate([order, np.random.default_rng((SEED, 0, epoch + 1)).permutation(train)])
+        mine = order[place:place + BATCH].reshape(run.world, -1)
+        seeds = rng.integers(1 << 62, size=BATCH).reshape(run.world, -1)[run.rank]
+        made = []
+        for i in range(0, mine.shape[1], MICRO_BATCH):
+            x, y = events.batch(mine[run.rank, i:i + MICRO_BATCH], run.device)
+            if AUGMENT:
+                turns = [turned(x[j:j + 1], y[j:j + 1], np.random.default_rng(int(seeds[i + j])))
+                         for j in range(len(x))]
+                x, y = (torch.cat(part) for part in zip(*turns, strict=True))
+            made.append((x, y))
+        return made
+
+    def validate(step, indices):
+        metrics = evaluate(run, model, events, indices)
+        record.log(step, **{f"valid_{k}": v for k, v in flat(metrics).items()})
+        state["since"] += 1
+        if goodness(metrics) < state["best"]:
+            state.update(best=goodness(metrics), since=0)
+            common.save_best(run, OUT, step, model, metrics)
+
+    some = valid[:VALID_EVENTS] if VALID_EVENTS else valid
+    if first == 0:
+        validate(0, some)
+    seen, watched = 0, []
+    for step in range(first, STEPS):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * common.lr_scale(step, STEPS, WARMUP, FLOOR, SCHEDULE)
+        model.set_density(density_at(step))
+        dsa_loss.density = density_at(step)
+        watched.clear()
+        done = common.update(run, net, optimizers, batches(step), loss_of, CLIP, step)
+
+        step, seen = step + 1, seen + done.count
+        state["bad"] = 0 if done.applied else state["bad"] + 1
+        if state["bad"] >= MAX_BAD_STEPS:
+            raise common.BadInput(f"loss or gradient of {state['bad']} updates in a row was not finite (loss "
+                                  f"{done.loss}, gradient norm {done.grad_norm}); lower LR {LR}")
+        if LOG_EVERY and step % LOG_EVERY == 0 or not done.applied:
+            sparse = {k: float(watched[0][k]) for k in ("sparsity_ratio", "retained_information", "entropy")
+                      } if watched else {}
+            record.progress(step, seen, "events", loss=done.loss, grad_norm=done.grad_norm,
+                            lr=optimizers[-1].param_groups[0]["lr"], **sparse)
+            seen = 0
+        record.tick(step)
+        last = step == STEPS
+        if EVAL_EVERY and step % EVAL_EVERY == 0 or last:
+            validate(step, some)
+            last = last or bool(PATIENCE) and state["since"] >= PATIENCE
+        if last:
+            break
+        if SAVE_EVERY and step % SAVE_EVERY == 0 or done.signal:
+            common.save(run, OUT, step, model, optimizers, state, constants)
+        if done.signal:
+            record.close()
+            common.leave(run, OUT, step, done.signal)
+
+    best = run.share(common.load(Path(OUT) / "best.pt") if run.first else None)
+    judged = build(best).to(run.device)
+    metrics = evaluate(run, judged, events, valid)
+    metrics |= {f"test_{k}": v for k, v in evaluate(run, judged, events, test).items()}  # looked at once, here
+    record.log(step, **metrics, final=True)
+    common.export_weights(run, OUT, best)
+    state["finished"] = True
+    common.save(run, OUT, step, model, optimizers, state, constants)
+    record.close()
+    if run.first:
+        alone = dataclasses.replace(run, world=1)
+        if TASK == "regression":
+            answers, truth = predict(alone, judged, events, test)
+            ends = answers[[k for k in ("ends", "refined", "fitted") if k in answers][-1]]
+            plot_results(ends, truth, OUT)
+            plot_event(alone, judged, events, test[0], ends[0], OUT)
+        common.plot_curves(OUT, ["loss"], ["valid_angle_deg", "valid_entry_cm", "valid_exit_cm"]
+                           if TASK == "regression" else ["valid_accuracy"])
+    run.say(f"done: {OUT}/best.pt, residuals.png, resolution.png, event.png, curves.png")
+    common.stop(run)
+    return metrics
+
+
+if __name__ == "__main__":
+    common.cli(globals(), main)
