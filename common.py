@@ -2146,25 +2146,42 @@ class NativeSparseAttention(Attention):
 
 # 7.4 Dynamic sparsity attention: sets of points, ordered so that neighbours share a block.
 
-def place_order(points: Tensor, real: Tensor, key_block: int = 16) -> tuple[Tensor, int]:
-    """(index (B, P), number of blocks N) of points (B, T, 3), real (B, T): the leaves of a balanced k-d tree,
-    each P / N (about key_block) points near to each other. What is not real comes last where it falls; T
-    stands for padding. The order of the points changes nothing, but among equal ones."""
+def place_order(points: Tensor, real: Tensor, N: int) -> Tensor:
+    """Index (B, N L) of points (B, T, 3), real (B, T), T where there is none: the N leaves (a power of two)
+    of a balanced k-d tree, one after the other, L = ⌈T / N⌉ slots each. Neighbours share a leaf, and leaves
+    that are neighbours in the order lie near. Order and padding of the points change nothing but among equal
+    ones.
+    """
     B, T, _ = points.shape
-    N = 1 << max(0, round(math.log2(max(1, T / key_block))))
-    L = -(-T // N)
-    placed = points.masked_fill(~real[..., None], math.inf)
-    placed = F.pad(placed, (0, 0, 0, N * L - T), value=math.inf)
-    index = torch.arange(N * L, device=points.device).expand(B, -1)
+    index = torch.arange(T, device=points.device).expand(B, T)
+    node = torch.where(real, 0, N)                                     # what is not real: behind all others
+    count = real.sum(1, keepdim=True)                                  # of each node
     for level in range(N.bit_length() - 1):
-        part = placed.reshape(B << level, -1, 3)
-        extent = part.masked_fill(part.isinf(), -math.inf).amax(1) - part.amin(1)      # -inf: no real point
-        axis = extent.argmax(1)
-        key = part.gather(2, axis[:, None, None].expand(-1, part.shape[1], 1))[..., 0]
+        nodes = 1 << level
+        slot = node.clamp(max=nodes)[..., None].expand(-1, -1, 3)
+        low, high = (points.new_full((B, nodes + 1, 3), sign * math.inf).scatter_reduce(1, slot, points, how)
+                     for sign, how in ((1, "amin"), (-1, "amax")))
+        extent = (high - low)[:, :nodes].nan_to_num(-1, -1, -1)
+        widest, axis = extent.max(-1, keepdim=True)
+        axis, widest, low = (F.pad(x, (0, 0, 0, 1), value=1) for x in
+                             (axis, widest.clamp(min=1e-6), low[:, :nodes].gather(2, axis)))
+        at = node.clamp(max=nodes)[..., None]
+        key = points.gather(2, axis.clamp(max=2).gather(1, at)).double() - low.gather(1, at)
+        key = node + 0.9 * (key / widest.gather(1, at)).clamp(0, 1)[..., 0]  # sorted by node, then by place
+        key = torch.where(node < nodes, key, math.inf)
         order = key.sort(dim=1, stable=True).indices
-        index = index.reshape(part.shape[:2]).gather(1, order)
-        placed = part.gather(1, order[..., None].expand(-1, -1, 3))
-    return index.reshape(B, N * L).clamp(max=T), N
+        index, node = index.gather(1, order), node.gather(1, order)
+        points = points.gather(1, order[..., None].expand(-1, -1, 3))
+        rank = torch.arange(T, device=node.device) - F.pad(count.cumsum(1) - count, (0, 1)).gather(
+            1, node.clamp(max=nodes))
+        left = (count + 1) // 2
+        right = rank >= F.pad(left, (0, 1)).gather(1, node.clamp(max=nodes))
+        node = torch.where(node < nodes, 2 * node + right, N)
+        count = torch.stack([left, count - left], -1).flatten(1)
+    L = -(-T // N)
+    rank = torch.arange(T, device=node.device) - F.pad(count.cumsum(1) - count, (0, 1)).gather(1, node)
+    slot = torch.where(node < N, node * L + rank, N * L)
+    return index.new_full((B, N * L + 1), T).scatter(1, slot, index)[:, :-1]
 
 
 def attend_chosen_dense(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, chosen: Tensor, gate: Tensor,
@@ -2182,9 +2199,10 @@ def attend_chosen(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, chosen: Tensor,
                   N: int) -> Tensor:
     """Attention of blocks of queries to the blocks of keys that they chose: (B, H, P, E).
 
-    q, k, v (B, H, P, E); bias (B, H, P) of each key, -inf: hidden; chosen (B, H, NI, K) different blocks of N,
-    a row for each of NI blocks of queries; gate (B, H, NI, K), added to the scores of such a pair: -inf drops
-    it. Every row must see a key. On CUDA compiled flex_attention, else `_ChosenBlocks`; no (P, P) tensor."""
+    q, k, v (B, H, P, E); bias (B, H, P) of each key, -inf: hidden; chosen (B, H, NI, K) different blocks of
+    N, a row for each of NI blocks of queries; gate (B, H, NI, K), added to the scores of such a pair: -inf
+    drops it. Every row must see a key. On CUDA compiled flex_attention, else `_ChosenBlocks`; no (P, P)
+    tensor."""
     if q.device.type == "cuda" and _fits_flex(q, chosen, N):
         return attend_chosen_flex(q, k, v, bias, chosen, gate, N)
     return _ChosenBlocks.apply(q, k, v, bias, chosen, gate, N)
@@ -2230,7 +2248,7 @@ class _ChosenBlocks(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, bias, chosen, gate)
         ctx.N, out = N, torch.empty_like(q)
         outs = _query_blocks(out, chosen)
-        for part, queries, _, keys, values, weights in _chosen_parts(q, k, v, bias, chosen, gate, N):
+        for part, _, _, _, values, weights in _chosen_parts(q, k, v, bias, chosen, gate, N):
             torch.bmm(weights, values, out=outs[part])
         return out
 
@@ -2242,7 +2260,8 @@ class _ChosenBlocks(torch.autograd.Function):
         dq, dgate = torch.empty_like(q), torch.empty_like(gate)
         wide = torch.promote_types(q.dtype, torch.float32)
         dk, dv, dbias = (torch.zeros_like(x, dtype=wide) for x in (k, v, bias))
-        dk_blocks, dv_blocks, dbias_blocks = (x.view(k.shape[0] * k.shape[1] * ctx.N, -1) for x in (dk, dv, dbias))
+        dk_blocks, dv_blocks, dbias_blocks = (x.view(q.shape[0] * q.shape[1] * ctx.N, -1)
+                                              for x in (dk, dv, dbias))
         douts, dqs = (_query_blocks(x, chosen) for x in (dout.contiguous(), dq))
         for part, queries, index, keys, values, weights in _chosen_parts(q, k, v, bias, chosen, gate, ctx.N):
             upper = douts[part]
@@ -2265,9 +2284,9 @@ def _query_blocks(x: Tensor, chosen: Tensor) -> Tensor:
 
 
 def _chosen_parts(q, k, v, bias, chosen, gate, N) -> Iterator[tuple]:
-    """(slice of the B H NI query blocks, queries (n, Q, E), index (n K) of key blocks, keys and values (n, S, E),
-    weights (n, Q, S)), part by part, S the keys of K blocks."""
-    (B, H, P, E), (NI, K) = q.shape, chosen.shape[2:]
+    """(slice of the B H NI query blocks, queries (n, Q, E), index (n K) of key blocks, keys and values (n,
+    S, E), weights (n, Q, S)), part by part, S the keys of K blocks."""
+    (B, H, P, E), K = q.shape, chosen.shape[3]
     L = P // N
     first = torch.arange(0, B * H * N, N, device=q.device).view(B, H, 1, 1)
     flat, queries = (chosen + first).view(-1, K), _query_blocks(q, chosen)
@@ -2312,7 +2331,7 @@ class DynamicSparseAttention(nn.Module):
     def forward(self, x: Tensor, real: Tensor, N: int, dense: bool = False) -> tuple[Tensor, dict]:
         """x (B, P, D) in N equal blocks of neighbours, real (B, P) → (y (B, P, D), statistics (B,) that
         gradients pass through: sparsity_ratio, active_connections, total_connections, retained_information,
-        entropy). `dense`: all connections, by scaled_dot_product_attention. Rows without a real hit give 0."""
+        entropy). `dense`: all connections, by scaled_dot_product_attention. No real hit: 0."""
         B, P, _ = x.shape
         q, k, v = self.qkv(x).view(B, P, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
         bias = self.importance(x).transpose(1, 2)                                       # (B, H, P)
@@ -2328,7 +2347,8 @@ class DynamicSparseAttention(nn.Module):
         return self.out(y), found
 
     def choose(self, q: Tensor, k: Tensor, bias: Tensor, real: Tensor, N: int) -> tuple[Tensor, Tensor, dict]:
-        """(chosen (B, H, NI, K), gate (B, H, NI, K): 0 or -inf with the gradient of a sigmoid, statistics)."""
+        """(chosen (B, H, NI, K), gate (B, H, NI, K): 0 or -inf with the gradient of a sigmoid,
+        statistics)."""
         B, H, P, E = q.shape
         wide = torch.promote_types(q.dtype, torch.float32)
         NI = max(1, N // self.query_blocks)
@@ -2342,15 +2362,15 @@ class DynamicSparseAttention(nn.Module):
         scores = torch.where(real.any(1)[:, None, None, None], scores, torch.zeros_like(scores))
         logs = scores.log_softmax(-1)                                                   # (B, H, NI, N)
 
-        K = min(N, max(math.ceil(float(self.density) * N), -(-self.min_connections // (P // N))))
+        K = min(N, math.ceil(float(self.density) * N))
         enough = real.sum(1).clamp(max=self.min_connections)[:, None, None, None]
         while True:
             top, chosen = logs.topk(K, -1)
             sizes = n_k[:, None, None].expand(B, H, NI, N).gather(3, chosen)
-            before = sizes.cumsum(-1) - sizes                                           # keys of better blocks
+            before = sizes.cumsum(-1) - sizes  # keys of better blocks
             if K == N or bool((before[..., -1:] + sizes[..., -1:] >= enough).all()):
                 break
-            K = min(N, 2 * K)                                                           # blocks of few real hits
+            K = min(N, 2 * K)  # blocks of few real hits
         above = top - top[..., :1].detach() + self.log_temperature.exp()[:, None, None]
         hard = ((above >= 0) | (before < enough)) & (top > -math.inf)
         soft = torch.sigmoid(above)
@@ -2360,7 +2380,7 @@ class DynamicSparseAttention(nn.Module):
         pairs = stays * sizes * n_q[:, None, :, None]
         total = real.sum(1).to(wide).square() * H
         active = pairs.sum((1, 2, 3))
-        share = n_q / n_q.sum(1, keepdim=True).clamp(min=1) / H                         # of the queries, (B, NI)
+        share = n_q / n_q.sum(1, keepdim=True).clamp(min=1) / H  # of the queries, (B, NI)
         p = logs.exp()
         retained = ((top.exp() * stays).sum(-1) * share[:, None]).sum((1, 2))
         entropy = -((p * logs.clamp(min=-1e4)).sum(-1) * share[:, None]).sum((1, 2)) / math.log(max(2, N))

@@ -28,15 +28,24 @@ from hypothesis import strategies as st
 import bench
 import common
 import serve
+import train_muon_dsa
 import train_nsa_enwik8
 import train_pretrain
-from data import prepare_enwik8, prepare_python_docs, prepare_text, prepare_tokenizer
+from data import (
+    fit_muons,
+    prepare_enwik8,
+    prepare_python_docs,
+    prepare_text,
+    prepare_tokenizer,
+    simulate_muons,
+)
 
 torch.set_num_threads(1)                     # the models are tiny: a second thread would only wait
 os.environ["OMP_NUM_THREADS"] = "1"          # in the processes started here too
 ROOT = Path(__file__).parent
 SCRIPTS = ["train_pretrain.py", "train_nsa_enwik8.py", "serve.py", "bench.py", "data/prepare_text.py",
-           "data/prepare_tokenizer.py", "data/prepare_python_docs.py", "data/prepare_enwik8.py"]
+           "data/prepare_tokenizer.py", "data/prepare_python_docs.py", "data/prepare_enwik8.py",
+           "data/simulate_muons.py", "data/fit_muons.py", "train_muon_dsa.py"]
 TINY = dict(
     DIM=32,
     N_LAYERS=2,
@@ -1609,6 +1618,441 @@ def test_serve_streams_the_classic_model_too(train, tmp_path, monkeypatch, capsy
 
 
 # The benchmark's own promises.
+
+# Dynamic sparsity attention and muon tracks.
+
+def chosen_inputs(B, H, E, N, L, NI, K, dtype=torch.float64):
+    """q, k, v, bias (a key of each row hidden), chosen, gate (some dropped) for attend_chosen."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(B, H, N * L, E, dtype=dtype, requires_grad=True) for _ in range(3))
+    bias, gate = torch.randn(B, H, N * L, dtype=dtype), torch.randn(B, H, NI, K, dtype=dtype)
+    bias[:, :, 1], gate[..., 1:][torch.rand(B, H, NI, K - 1) < 0.3] = -math.inf, -math.inf
+    chosen = torch.rand(B, H, NI, N).argsort(-1)[..., :K]
+    return q, k, v, bias.requires_grad_(), chosen, gate.requires_grad_()
+
+
+@pytest.mark.parametrize(
+    "B, H, E, N, L, NI, K",
+    [(1, 1, 4, 1, 5, 1, 1), (2, 3, 4, 8, 6, 2, 3), (3, 2, 8, 16, 5, 4, 16), (1, 2, 5, 8, 16, 8, 2)],
+)
+def test_chosen_attention_equals_its_twin_with_gradients(B, H, E, N, L, NI, K, monkeypatch):
+    monkeypatch.setattr(common, "CHOSEN_WORKSPACE", 700)                    # several parts
+    inputs = chosen_inputs(B, H, E, N, L, NI, K)
+    fast, slow = common.attend_chosen(*inputs, N), common.attend_chosen_dense(*inputs, N)
+    close(fast, slow)
+    wanted, weight = [x for x in inputs if x.is_floating_point()], torch.randn_like(fast)
+    for a, b in zip(*(torch.autograd.grad((y * weight).sum(), wanted) for y in (fast, slow)), strict=True):
+        close(a.nan_to_num(), b.nan_to_num())
+
+
+def test_flex_attention_equals_the_chosen_twin_forward():
+    if not __import__("shutil").which("g++"):
+        pytest.skip("no C++ compiler")
+    inputs = [x.detach() for x in chosen_inputs(2, 2, 8, 8, 16, 4, 3, torch.float32)]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            common.attend_chosen_flex(*inputs, 8),
+            common.attend_chosen_dense(*inputs, 8),
+            rtol=1e-4,
+            atol=1e-5,
+        )
+
+
+@gpu
+def test_chosen_attention_on_a_gpu_equals_the_twin_with_gradients():
+    inputs = [x.detach().cuda() for x in chosen_inputs(2, 2, 16, 32, 16, 8, 5, torch.float32)]
+    inputs = [x.requires_grad_() if x.is_floating_point() else x for x in inputs]
+    fast, slow = common.attend_chosen(*inputs, 32), common.attend_chosen_dense(*inputs, 32)
+    torch.testing.assert_close(fast, slow, rtol=1e-3, atol=1e-3)
+    wanted = [x for x in inputs if x.is_floating_point()]
+    for a, b in zip(*(torch.autograd.grad(y.sum(), wanted) for y in (fast, slow)), strict=True):
+        torch.testing.assert_close(a.nan_to_num(), b.nan_to_num(), rtol=1e-2, atol=1e-2)
+
+
+def dsa(density=0.2, **changes):
+    torch.manual_seed(0)
+    module = common.DynamicSparseAttention(12, 3, density=density, **changes).double()
+    torch.nn.init.normal_(module.importance.weight)
+    x, real = torch.randn(2, 32 * 8, 12, dtype=torch.double, requires_grad=True), torch.ones(2, 32 * 8).bool()
+    real[1, 100:] = False
+    real[1, 3] = False
+    return module, x, real
+
+
+def test_all_connections_kept_is_dense_attention():
+    module, x, real = dsa(1.0)
+    module.log_temperature.data.fill_(5.0)
+    sparse, found = module(x, real, 32)
+    dense, _ = module(x, real, 32, dense=True)
+    close(sparse, dense, 1e-9)
+    close(found["sparsity_ratio"], torch.zeros(2, dtype=torch.double))
+    close(found["retained_information"], torch.ones(2, dtype=torch.double))
+    assert (found["active_connections"] == found["total_connections"]).all() and not sparse[~real].any()
+    q, k, v = module.qkv(x).view(2, 256, 3, 3, 4).permute(2, 0, 3, 1, 4)
+    bias = module.importance(x).transpose(1, 2)
+    keep = real[:, None, None].expand(2, 3, 256, 256)
+    plain = (q @ k.mT / 2 + bias[:, :, None]).masked_fill(~keep, -math.inf).softmax(-1) @ v
+    close(dense[real], module.out(plain.transpose(1, 2).flatten(2))[real], 1e-9)
+
+
+def test_sparse_weights_sum_to_one_and_no_query_is_left_alone():
+    module, x, real = dsa(0.05, min_connections=20)
+    module.log_temperature.data.fill_(-9.0)                                 # drops whatever may be dropped
+    q, k, v = module.qkv(x).view(2, 256, 3, 3, 4).permute(2, 0, 3, 1, 4)
+    bias = module.importance(x).transpose(1, 2).masked_fill(~real[:, None], -math.inf)
+    chosen, gate, found = module.choose(q, k, bias, real, 32)
+    y = common.attend_chosen(q, k, torch.ones_like(v), bias, chosen, gate, 32)
+    close(y, torch.ones_like(y))
+    sizes = real.view(2, 32, -1).sum(-1)
+    kept = (sizes[:, None, None].expand(2, 3, 8, 32).gather(3, chosen) * (gate > -math.inf)).sum(-1)
+    assert (kept >= 20).all() and (kept < 20 + 8).all()
+    module.min_connections = 1000                                           # more than there are: all
+    assert float(module(x, real, 32)[1]["sparsity_ratio"].abs().max()) < 1e-9
+
+
+def test_temperature_and_importance_move_the_connections_and_learn():
+    module, x, real = dsa(0.5)
+    counts = []
+    for temperature in (-3.0, -1.0, 0.0, 3.0):
+        module.log_temperature.data.fill_(temperature)
+        found = module(x, real, 32)[1]
+        counts.append(float(found["active_connections"][0]))
+        assert float(found["active_connections"][0]) <= 0.5 * float(found["total_connections"][0])
+    assert counts == sorted(counts) and counts[0] < counts[-1]
+    module.log_temperature.data.fill_(0.0)
+    y, found = module(x, real, 32)
+    for value in (y.square().sum(), *(found[k].sum() for k in ("sparsity_ratio", "retained_information"))):
+        for parameter in (module.log_temperature, module.importance.weight, module.qkv.weight):
+            assert torch.autograd.grad(value, parameter, retain_graph=True)[0].abs().max() > 0
+    assert torch.autograd.grad(found["entropy"].sum(), module.importance.weight)[0].abs().max() > 0
+    before = module(x, real, 32)[0]
+    close(before, module.eval()(x, real, 32)[0])                            # the same in inference
+    module.importance.weight.data.mul_(-1)
+    assert (before - module(x, real, 32)[0]).abs().max() > 1e-3
+
+
+def test_dsa_loss_has_the_gradient_of_finite_differences():
+    task = torch.rand(3, dtype=torch.double, requires_grad=True)
+    values = [torch.rand(3, dtype=torch.double, requires_grad=True) for _ in range(6)]
+    names = ("sparsity_ratio", "retained_information", "entropy")
+
+    def loss(task, *values):
+        layers = [dict(zip(names, values[i:i + 3], strict=True)) for i in (0, 3)]
+        return common.DSALoss(0.3, 0.7, 0.5, 0.2)(task, layers)
+    assert torch.autograd.gradcheck(loss, (task, *values))
+    perfect = {"sparsity_ratio": torch.tensor([0.7]), "retained_information": torch.tensor([1.0]),
+               "entropy": torch.tensor([0.0])}
+    close(common.DSALoss(0.3)(torch.tensor([2.0]), [perfect]), torch.tensor([2.0]), 1e-6)
+
+
+def test_density_falls_from_first_to_last(monkeypatch):
+    monkeypatch.setattr(train_muon_dsa, "STEPS", 11)
+    shares = [train_muon_dsa.density_at(step) for step in range(11)]
+    assert shares == sorted(shares, reverse=True)
+    assert [shares[i] for i in (0, 5, 10)] == pytest.approx([0.10, 0.075, 0.05])
+
+
+def random_hits(B, T, dtype=torch.float32):
+    """Hits (B, T, 5) that look like an event's."""
+    rng = np.random.default_rng(0)
+    x = np.stack([simulate_muons.event(rng, simulate_muons.NOMINAL, T)[0] for _ in range(B)])
+    return torch.from_numpy(x).to(dtype)
+
+
+def test_order_padding_and_neighbours_of_hits_change_nothing():
+    torch.manual_seed(0)
+    model = train_muon_dsa.MuonNet(seq_len=400).double()
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    x = random_hits(3, 400, torch.double)
+    x[1, 300:] = math.nan
+    whole = model(x, refine=3)
+    shuffled = model(x[[2, 0, 1]][:, torch.randperm(400)], refine=3)
+    padded = F.pad(x[1:2, :300], (0, 0, 7, 150), value=math.nan)
+    alone = model(padded, refine=3)
+    for name in ("ends", "refined", "context"):
+        close(shuffled[name], whole[name][[2, 0, 1]], 1e-7)
+        close(alone[name], whole[name][1:2], 1e-7)
+
+
+def test_turning_an_event_turns_its_track():
+    model = train_muon_dsa.MuonNet(seq_len=400).double()
+    x = random_hits(2, 400, torch.double)
+    turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.double))[0]
+    turn *= torch.linalg.det(turn)
+    rotated = torch.cat([x[..., :3] @ turn, x[..., 3:]], -1)
+    close(model(rotated)["ends"], model(x)["ends"] @ turn, 1e-6)
+
+
+def test_refinement_pulls_along_the_gradient_of_the_likelihood():
+    """Gauss-Newton steps never lower the log-likelihood, and the ends stay on the sphere."""
+    torch.manual_seed(0)
+    model = train_muon_dsa.MuonNet(seq_len=400).double()
+    for p in model.hits.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    x = random_hits(2, 400, torch.double)
+    ends, context = model(x)["ends"].detach(), torch.randn(2, 16, dtype=torch.double)
+    real, first = torch.ones(2, 400).bool(), fit_muons.first_time(x[..., 3], torch.ones(2, 400).bool())
+    late = (x[..., 3] - first[:, None]).clamp(-100, 600)
+
+    def likelihood(ends):
+        entry, exit = (ends[:, i, None].expand(-1, 400, -1) for i in (0, 1))
+        *parts, paths = model.hits(entry, exit, x, x[..., 4].amax(1), context)
+        found = train_muon_dsa.event_time(late, real, *parts, paths)
+        rest = train_muon_dsa.remaining(late, found, paths)
+        prior = 0.5 * (found[:, 1:] / train_muon_dsa.INDEX_SPREAD).square().sum(1)
+        return train_muon_dsa.log_likelihood(rest, *parts)[0].sum(1) - prior
+    for _ in range(4):
+        before = likelihood(ends)
+        ends = model.refine(ends, x, real, first, context, 1)
+        after = likelihood(ends)
+        assert (after > before - 1e-6 * abs(before)).all()
+    close(ends.norm(dim=-1), torch.full((2, 2), simulate_muons.RADIUS, dtype=torch.double), 1e-9)
+
+
+def test_first_photon_is_drawn_as_if_all_were(n_events=3):
+    """first_times against n photons drawn one by one, and the table of light against the sum."""
+    detector, rng = simulate_muons.NOMINAL, np.random.default_rng(0)
+    start, stop = simulate_muons.track(rng)
+    length, along = (
+        np.linalg.norm(stop - start),
+        (np.arange(simulate_muons.SLICES) + 0.5) / simulate_muons.SLICES,
+    )
+    places = start + along[:, None] * (stop - start)
+    photons = simulate_muons.energies(rng, length) * detector.light_yield
+    direct, diffuse = simulate_muons.mean_light(detector, places, photons)
+    r = np.linalg.norm(places, axis=1)
+    share, inside, outside = simulate_muons.light(detector, r[None], simulate_muons.pmt_directions() @ (
+        places / r[:, None]).T)
+    exact = (share * photons).sum(1)
+    assert np.abs(direct / exact - 1).max() < 0.02
+    assert diffuse.sum() == pytest.approx(detector.diffuse[0] * exact.mean(), rel=0.01)
+    light = simulate_muons.LIGHT
+    for pmt, kind, n in ((100, 0, 5), (9_000, 1, 50), (15_000, 0, 200)):
+        arrival = inside[pmt] * detector.index_in / light + outside[pmt] * detector.index_out / light
+        arrival = (arrival + along * length / light).astype("f4")
+        weights = np.stack([share[pmt] * photons, diffuse])
+        rows = 1000
+        fast = simulate_muons.first_times(
+            rng, detector, np.tile(arrival, (rows, 1)), np.tile(weights[:, None], (1, rows, 1)).astype("f4"),
+            np.full(rows, kind), np.full(rows, n))
+        cell = rng.choice(2 * len(along), (rows, n), p=weights.ravel() / weights.sum())
+        time = arrival[cell % len(along)] + (cell >= len(along)) * rng.exponential(
+            detector.diffuse[1], (rows, n)
+        )
+        tau = rng.choice([t for _, t in detector.decay], (rows, n), p=[s for s, _ in detector.decay])
+        slow = (time + rng.exponential(tau) + detector.spread[kind] * rng.standard_normal((rows, n))).min(1)
+        for q in (0.1, 0.5, 0.9):
+            assert abs(np.quantile(fast, q) - np.quantile(slow, q)) < 0.25 + 4 * slow.std() / rows ** 0.5
+
+
+@pytest.fixture(scope="session")
+def muons(tmp_path_factory):
+    """Files of 240 small events of the nominal detector, and 40 more."""
+    folder = tmp_path_factory.mktemp("muons")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in dict(DETECTOR="nominal", HITS=400, SHARD=120, EVENTS=240, SEED=5, NAME="muons",
+                                WORKERS=1).items():
+            patch.setattr(simulate_muons, name, value)
+        simulate_muons.simulate(folder)
+        simulate_muons.simulate(folder, NAME="more", SEED=6, EVENTS=40)
+    return folder
+
+
+@pytest.fixture
+def train_muons(train, muons):
+    """Run train_muon_dsa.main() on the small events."""
+    tiny = dict(
+        DATA=str(muons / "muons-*.pt"),
+        DIM=24,
+        HIDDEN_DIM=48,
+        SEQ_LEN=400,
+        VALID_SHARE=0.1,
+        TEST_SHARE=0.1,
+        LR=5e-3,
+        N_HEADS=4,
+        HIT_DIM=24,
+    )
+    return lambda **constants: train(train_muon_dsa, **{**tiny, **constants})
+
+
+def test_simulated_events_repeat_themselves_and_lie_on_the_sphere(muons, tmp_path, monkeypatch):
+    x, y = fit_muons.read(str(muons / "more-*.pt"))
+    close(y.norm(dim=-1), torch.full((40, 2), simulate_muons.RADIUS), 1e-5)
+    assert (y[:, 1, 2] < y[:, 0, 2]).all() and x.isfinite().all() and (x[..., 4] > 0).all()
+    close(x[..., :3].norm(dim=-1), torch.full(x.shape[:2], simulate_muons.PMT_RADIUS), 1e-5)
+    assert (x[:, 1:, 3] >= x[:, :-1, 3]).all()
+    for name, value in dict(DETECTOR="nominal", HITS=400, SHARD=7, NAME="again", SEED=6, EVENTS=14,
+                            WORKERS=2).items():
+        monkeypatch.setattr(simulate_muons, name, value)
+    simulate_muons.simulate(tmp_path)                                       # other files, other processes
+    again = fit_muons.read(str(tmp_path / "again-*.pt"))
+    assert torch.equal(again[0], x[:14]) and torch.equal(again[1], y[:14])
+
+
+def test_the_fit_finds_tracks_from_its_own_start_and_from_the_truth(muons):
+    x, truth = fit_muons.read(str(muons / "more-*.pt"))
+    calibration = fit_muons.calibrate(*(fit_muons.calibration_events()[i] for i in (0, 1)),
+                                      torch.ones(200, simulate_muons.HITS).bool())
+    found = fit_muons.summary(fit_muons.errors(fit_muons.fit(x, calibration), truth))
+    assert found["failures"] == 0 and found["angle_deg"][0] < 0.6 and found["entry_cm"][0] < 10
+    near = fit_muons.fit(x, calibration, start=truth)
+    far = fit_muons.fit(x, calibration, steps=16)
+    assert (near - far).norm(dim=-1).median() < 0.005
+    x[:, 390:] = math.nan                                                   # rows that are no hits
+    assert fit_muons.summary(fit_muons.errors(fit_muons.fit(x, calibration), truth))["failures"] == 0
+
+
+def test_errors_of_tracks_are_what_they_are_called():
+    a = torch.tensor([[[0, 0, 17.7], [0, 0, -17.7]]])
+    b = fit_muons.on_sphere(torch.tensor([[[1.0, 0, 17.7], [1.0, 0, -17.7]]]))
+    found = fit_muons.errors(a, b)
+    side = float(b[0, 0, 0])
+    assert float(found["angle_deg"][0]) == pytest.approx(0, abs=1e-6)
+    assert float(found["dD_cm"][0]) == pytest.approx(100 * side, rel=1e-5)
+    assert float(found["entry_cm"][0]) == pytest.approx(100 * float((a - b)[0, 0].norm()), rel=1e-5)
+    c = torch.tensor([[[0, 0, 17.7], [17.7, 0, 0]]])
+    assert float(fit_muons.errors(a, c)["angle_deg"][0]) == pytest.approx(45)
+
+
+@pytest.mark.parametrize(
+    "constants",
+    [
+        dict(),
+        dict(ATTENTION="dense"),
+        dict(OUTPUT="direction"),
+        dict(OUTPUT="raw", OPTIMIZER="muon", REFINED=1.0),
+    ],
+    ids=["dsa", "dense", "direction", "raw"],
+)
+def test_muon_network_learns_far_below_the_mean_track(train_muons, muons, tmp_path, constants):
+    found = train_muons(**{"STEPS": 60, "EVAL_EVERY": 30, **constants})
+    x, y = fit_muons.read(str(muons / "muons-*.pt"))
+    mean = fit_muons.summary(fit_muons.errors(fit_muons.on_sphere(y.mean(0, keepdim=True)).expand_as(y), y))
+    assert found["test_angle_deg"][0] < 0.25 * mean["angle_deg"][0]
+    assert found["test_entry_cm"][0] < 0.25 * mean["entry_cm"][0]
+    first = found["test_first_entry_cm"][0]
+    assert first < 0.6 * mean["entry_cm"][0] and found["test_events"] > 10
+    for name in ("residuals.png", "resolution.png", "event.png", "curves.png"):
+        assert (tmp_path / "run" / name).stat().st_size > 5_000
+
+
+def test_the_seed_preset_and_other_tasks_train(train_muons, muons, tmp_path):
+    assert "test_angle_deg" in train_muons(PRESET="seed", READOUT="last", STEPS=3)
+    x, y = fit_muons.read(str(muons / "muons-*.pt"))
+    label = (y[:, 0, 2] > y[:, 0, 2].median()).long()                       # does it enter high up
+    torch.save({"data": x, "targets": label, "note": "ignored"}, tmp_path / "labels.pt")
+    for task in ("classification", "binary_classification"):
+        found = train_muons(
+            TASK=task, DATA=str(tmp_path / "labels.pt"), STEPS=40, FRAME="detector", AUGMENT=False
+        )
+        assert found["test_accuracy"] > found["test_majority"] + 0.1
+
+
+def test_interrupted_muon_run_goes_on_bit_for_bit(train_muons, tmp_path):
+    train_muons(OUT=str(tmp_path / "whole"))
+    with pytest.raises(SystemExit):
+        interrupted(train_muons, 6)
+    train_muons()
+    same_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+
+
+def test_one_process_and_two_train_the_same_muon_network(train_muons, tmp_path):
+    train_muons(OUT=str(tmp_path / "one"))
+    constants = common.load(tmp_path / "one/checkpoint.pt")["constants"]
+    del constants["OUT"]
+    words = [*(f"{k}={v}" for k, v in constants.items()), f"OUT={tmp_path / 'two'}"]
+    finish(launch("train_muon_dsa.py", *words, ranks=2))
+    same_weights(weights(tmp_path / "one"), weights(tmp_path / "two"), 1e-4)
+
+
+def test_muon_events_are_split_alike_however_files_hold_them(muons, tmp_path, monkeypatch):
+    x, y = fit_muons.read(str(muons / "muons-*.pt"))
+    order = torch.randperm(len(x))
+    torch.save({"x_data": x[order].half(), "y_data": y[order].flatten(1)}, tmp_path / "half.pt")  # float16 is read, too
+    for k, part in enumerate(order.split(50)):
+        torch.save({"x_data": x[part].clone(), "y_data": y[part].flatten(1)}, tmp_path / f"part-{k}.pt")
+    one, many = (train_muon_dsa.Events(str(p)) for p in (muons / "muons-*.pt", tmp_path / "part-*.pt"))
+    assert one.fingerprint() == many.fingerprint()
+    for a, b in zip(one.split(), many.split(), strict=True):
+        assert torch.equal(one.batch(a, "cpu")[0], many.batch(b, "cpu")[0])
+    assert len(train_muon_dsa.Events(str(tmp_path / "half.pt"))) == len(x)
+    monkeypatch.setattr(train_muon_dsa, "SEQ_LEN", 100)
+    few = one.batch([0], "cpu")[0]
+    assert few.shape == (1, 100, 5) and set(map(tuple, few[0].tolist())) <= set(map(tuple, x[0].tolist()))
+
+
+def test_unseen_events_are_scored_and_predicted(train_muons, muons, tmp_path, monkeypatch):
+    train_muons(STEPS=10)
+    pattern = str(muons / "more-*.pt")
+    found = train_muons(EVAL=pattern)
+    x, y = fit_muons.read(pattern)
+    saved = np.load(tmp_path / "run/predictions.npz")
+    ends = torch.stack([torch.from_numpy(saved[k]) for k in ("entry", "exit")], 1)
+    assert fit_muons.summary(fit_muons.errors(ends, y))["entry_cm"] == pytest.approx(
+        found["entry_cm"], rel=1e-3
+    )
+    assert json.loads((tmp_path / "run/eval.json").read_text())["events_per_s"] > 0
+    torch.save({"x_data": x}, tmp_path / "blind.pt")
+    assert train_muons(EVAL=str(tmp_path / "blind.pt")) == {"events": 40}
+    blind = np.load(tmp_path / "run/predictions.npz")
+    np.testing.assert_allclose(blind["entry"], saved["entry"], atol=1e-4)
+    assert "fitted" not in found and "network_entry_cm" in train_muons(EVAL=pattern, FIT_STEPS=2)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda x, y: {"x_data": x[..., :4], "y_data": y},
+            "x_data is (240, 400, 4) torch.float32; it must be (N, T, 5)",
+        ),
+        (lambda x, y: {"y_data": y}, "x_data is missing"),
+        (lambda x, y: {"x_data": x}, "has no y_data"),
+        (lambda x, y: {"x_data": x.int(), "y_data": y}, "torch.int32; it must be (N, T, 5) floats"),
+        (lambda x, y: {"x_data": x, "y_data": y[:9]}, "y_data is (9, 6); TASK regression needs (240, 6)"),
+        (lambda x, y: {"x_data": x, "y_data": y * 1.1}, "m off the sphere of 17.7 m"),
+        (lambda x, y: {"x_data": x * 1000, "y_data": y}, "are these millimetres?"),
+        (
+            lambda x, y: {"x_data": x.index_fill(1, torch.arange(395), math.nan), "y_data": y},
+            "event 0 has fewer than 10",
+        ),
+        (
+            lambda x, y: {
+                "x_data": torch.cat([x[:, :, :4], x[:, :, 4:].masked_fill(x[:, :, 4:] > 500, math.nan)], -1),
+                "y_data": y,
+            },
+            "has a number that is not finite",
+        ),
+        (lambda x, y: [x, y], "holds a list; a shard is a dict"),
+        (lambda x, y: {"x_data": x, "y_data": y, "code": Path("x")}, "cannot be read as tensors"),
+        (None, "no file matches"),
+    ],
+)
+def test_unusable_shards_are_one_sentence(train_muons, muons, tmp_path, change, message):
+    x, y = fit_muons.read(str(muons / "muons-*.pt"))
+    if change:
+        torch.save(change(x, y.flatten(1)), tmp_path / "bad.pt")
+    with pytest.raises(common.BadInput) as error:
+        train_muons(DATA=str(tmp_path / "bad.pt"))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "constants, message",
+    [
+        (dict(DENSITY=(0.1, 0.0)), "DENSITY (0.1, 0.0) must be two shares"),
+        (dict(TASK="x"), "TASK 'x' is not one of"),
+        (dict(DIM=25), "DIM 25 must be a positive multiple of 4"),
+        (dict(BATCH=4_000), "smaller BATCH 4000"),
+    ],
+)
+def test_muon_constants_that_do_not_fit_are_one_sentence(train_muons, constants, message):
+    with pytest.raises(common.BadInput) as error:
+        train_muons(**constants)
+    assert message in str(error.value)
+
 
 def test_bench_twin_is_the_same_model(tokens):
     """The baseline computes what ours does, or the ratio would mean nothing."""

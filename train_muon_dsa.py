@@ -1,11 +1,13 @@
-"""Reconstruct where a muon entered and left a sphere of liquid scintillator, from its 2,000 most telling PMT hits.
+"""Reconstruct where a muon entered and left a sphere of liquid scintillator, from its 2,000 most telling PMT
+hits.
 
 A transformer with dynamic sparsity attention (DSA: common.py, section 7) reads the hits as a set and gives a
 first answer and a description of the detector; a few Gauss-Newton steps, part of the network, then maximise a
 learned likelihood of the times of the first hits. Errors are in degrees and cm, on events never trained on.
 
-    python train_muon_dsa.py                                       simulates what it needs, if no data are there
-    python train_muon_dsa.py DATA="shards/*.pt" OUT=out/mine       x_data (N, T, 5): x, y, z [m], time [ns],
+    python train_muon_dsa.py                                       simulates what it needs, if no data are
+    there python train_muon_dsa.py DATA="shards/*.pt" OUT=out/mine       x_data (N, T, 5): x, y, z [m], time
+    [ns],
                                                                    charge [pe]; y_data (N, 6): entry, exit [m]
     torchrun --nproc_per_node 4 train_muon_dsa.py ATTENTION=dense
     python train_muon_dsa.py EVAL="new/*.pt" OUT=out/mine          scores, and writes predictions.npz
@@ -37,7 +39,7 @@ AUGMENT = True        # training events turned and mirrored at random
 TASK = "regression"   # entry and exit; "classification", "binary_classification": y_data (N,) are labels
 N_CLASSES = 2         # of "classification"
 
-# Model. "seed" is the system this one replaces, made to work: post-norm, dim 48, 6 heads, 4 layers, hidden 192
+# Model. "seed" is the documented older one: post-norm, dim 48, 6 heads, 4 layers, hidden 192
 PRESET = ""           # "seed"
 ATTENTION = "dsa"     # "dense": all connections
 DIM = 48              # width
@@ -152,20 +154,25 @@ def read_shard(path, need_targets=True):
     x, y = (found.get(a, found.get(b)) for a, b in (("x_data", "data"), ("y_data", "targets")))
     if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[2] != 5 or not x.is_floating_point():
         shape = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else "missing"
-        raise common.BadInput(f"{path}: x_data is {shape}; it must be (N, T, 5) floats: x, y, z [m], time [ns], "
-                              "charge [pe]")
+        raise common.BadInput(
+            f"{path}: x_data is {shape}; it must be (N, T, 5) floats: x, y, z [m], time [ns], charge [pe]"
+        )
     bad = (~x.isfinite()).any(-1) & x.isfinite().any(-1)
     if bad.any():
         event, hit = bad.nonzero()[0].tolist()
-        raise common.BadInput(f"{path}: hit {hit} of event {event} has a number that is not finite; a row that "
-                              "is no hit is NaN in all five")
+        raise common.BadInput(
+            f"{path}: hit {hit} of event {event} has a number that is not finite; a row that "
+            "is no hit is NaN in all five"
+        )
     empty = (~x.isfinite()).all(-1).sum(1) > x.shape[1] - min(10, x.shape[1])
     if empty.any():
         raise common.BadInput(f"{path}: event {int(empty.nonzero()[0])} has fewer than 10 hits; leave it out")
     far = x[:, :, :3].float().norm(dim=-1).nan_to_num(0).amax()
     if far > 10 * simulate_muons.PMT_RADIUS:
-        raise common.BadInput(f"{path}: a PMT is {far:.4g} from the centre; positions are in metres (19.5): are "
-                              "these millimetres? divide by 1000")
+        raise common.BadInput(
+            f"{path}: a PMT is {far:.4g} from the centre; positions are in metres (19.5): are "
+            "these millimetres? divide by 1000"
+        )
     if y is None:
         if need_targets:
             raise common.BadInput(f"{path} has no y_data (or targets); training needs them")
@@ -178,8 +185,10 @@ def read_shard(path, need_targets=True):
         off = (y.float().unflatten(1, (2, 3)).norm(dim=-1) - RADIUS).abs()
         if not (off < 0.1).all():
             event = int((~(off < 0.1)).any(1).nonzero()[0])
-            raise common.BadInput(f"{path}: target {event} lies {float(off[event].max()):.4g} m off the sphere of "
-                                  f"{RADIUS} m; entry and exit are points on it, in metres")
+            raise common.BadInput(
+                f"{path}: target {event} lies {float(off[event].max()):.4g} m off the sphere of "
+                f"{RADIUS} m; entry and exit are points on it, in metres"
+            )
     elif y.min() < 0 or y.max() >= (2 if TASK == "binary_classification" else N_CLASSES):
         raise common.BadInput(f"{path}: labels from {int(y.min())} to {int(y.max())}; TASK {TASK} has "
                               f"{2 if TASK == 'binary_classification' else N_CLASSES} classes")
@@ -189,7 +198,7 @@ def read_shard(path, need_targets=True):
 def fewer(x):
     """SEQ_LEN of the hits of x (n, T, 5): half the largest charges, and evenly of the rest by time."""
     half = SEQ_LEN // 2
-    order = x[..., 4].nan_to_num(-1).argsort(1, descending=True, stable=True)
+    order = x[..., 4].nan_to_num(-1).argsort(dim=1, descending=True, stable=True)
     real = x.isfinite().all(-1).sum(1)
     rows = []
     for row, index, n in zip(x, order, real.tolist(), strict=True):
@@ -224,7 +233,9 @@ def frames(x, real):
     across = bulk - (bulk * z).sum(-1, keepdim=True) * z
     spare = torch.where(z[:, :1].abs() < 0.7, z.new_tensor([1.0, 0, 0]), z.new_tensor([0, 1.0, 0]))
     spare = spare - (spare * z).sum(-1, keepdim=True) * z
-    across = torch.where(across.norm(dim=-1, keepdim=True) > 1e-3 * charge.sum(1, keepdim=True), across, spare)
+    across = torch.where(
+        across.norm(dim=-1, keepdim=True) > 1e-3 * charge.sum(1, keepdim=True), across, spare
+    )
     across = F.normalize(across, dim=-1)
     return torch.stack([across, torch.linalg.cross(z, across), z], 1), first
 
@@ -256,8 +267,8 @@ class Layer(nn.Module):
 
 
 class HitTimes(nn.Module):
-    """The likelihood of the time of a hit, given a track: a mixture of Gaussians and 1% noise, from the geometry
-    of the light that could come first, the charge, and the event's context."""
+    """The likelihood of the time of a hit, given a track: a mixture of Gaussians and 1% noise, from the
+    geometry of the light that could come first, the charge, and the event's context."""
 
     def __init__(self, context, width, n_mixture):
         super().__init__()
@@ -268,8 +279,9 @@ class HitTimes(nn.Module):
         self.last.bias.data = torch.cat([torch.zeros(n_mixture), spread, torch.full((n_mixture,), 1.0)])
 
     def forward(self, entry, exit, x, largest, context):
-        """(arrival + delays (B, T, M) in ns, log spreads, log shares) of hits x (B, T, 5) of tracks with ends
-        (B, T, 3); largest (B,) charge of the event, context (B, C)."""
+        """(arrival + delays (B, T, M) in ns, log spreads, log shares, what the arrival gains (B, T, 2) by index 1
+        more inside and outside) of hits x (B, T, 5) of tracks with ends (B, T, 3); largest (B,) charge of the
+        event, context (B, C)."""
         arrival, geometry = fit_muons.first_light(entry, exit, x[..., :3])
         charge = x[..., 4].clamp(min=0.3).log()
         gap = (charge - largest[:, None].log()).clamp(min=-6)
@@ -277,11 +289,12 @@ class HitTimes(nn.Module):
                              (geometry[..., 0] >= 1).to(gap)], -1)
         h = F.silu(self.first(torch.cat([geometry, light], -1)) + self.context(context)[:, None])
         shares, delays, spreads = self.last(F.silu(self.second(h))).chunk(3, -1)
-        return arrival[..., None] + delays, spreads.clamp(-1.5, 3.5), shares.log_softmax(-1)
+        paths = geometry[..., 1:3] * (10 / simulate_muons.LIGHT)
+        return arrival[..., None] + delays, spreads.clamp(-1.5, 3.5), shares.log_softmax(-1), paths
 
 
 def log_likelihood(times, centers, spreads, shares):
-    """(log-likelihood, its information and slope in the time) (B, T) of times (B, T) under HitTimes' mixture."""
+    """(log-likelihood, its information and slope in the time) (B, T) of times (B, T) under a mixture."""
     left = (times[..., None] - centers) * (-spreads).exp()
     logs = shares + math.log(0.99) - 0.5 * left.square() - spreads - 0.5 * math.log(2 * math.pi)
     noise = logs.new_full((*logs.shape[:-1], 1), math.log(0.01 / 500))
@@ -295,15 +308,32 @@ def log_likelihood(times, centers, spreads, shares):
 
 
 class MuonNet(nn.Module):
-    """Hits (B, T, 5) → ends (B, 2, 3) in m, or logits: transformer with dynamic sparsity attention over hits in
-    place order, learned readout, Gauss-Newton steps on the hits' likelihood."""
+    """Hits (B, T, 5) → ends (B, 2, 3) in m, or logits: transformer with dynamic sparsity attention over hits
+    in place order, learned readout, Gauss-Newton steps on the hits' likelihood."""
 
-    def __init__(self, task="regression", n_outputs=6, dim=48, n_layers=2, n_heads=6, hidden_dim=192, norm="pre",
-                 readout="learned", output="points", frame="canonical", min_connections=16, dense=False,
-                 context=16, hit_dim=48, n_mixture=3):
+    def __init__(
+        self,
+        task="regression",
+        n_outputs=6,
+        dim=48,
+        n_layers=2,
+        n_heads=6,
+        hidden_dim=192,
+        norm="pre",
+        readout="learned",
+        output="points",
+        frame="canonical",
+        min_connections=16,
+        dense=False,
+        context=16,
+        hit_dim=48,
+        n_mixture=3,
+        seq_len=2_000,
+    ):
         super().__init__()
         self.sizes = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.task, self.readout, self.output, self.frame, self.dense = task, readout, output, frame, dense
+        self.blocks = 1 << max(0, round(math.log2(seq_len / 16)))      # of about 16 hits
         self.register_buffer("mean", torch.zeros(N_FEATURES))
         self.register_buffer("scale", torch.ones(N_FEATURES))
         self.input = nn.Linear(N_FEATURES, dim)
@@ -313,7 +343,9 @@ class MuonNet(nn.Module):
         self.n_pools = 4
         self.pools, self.pooled = nn.Linear(dim, self.n_pools * n_heads), nn.Linear(dim, dim)
         wide = dim * (self.n_pools if readout == "learned" else 1)
-        self.head = nn.Sequential(nn.Linear(wide, 4 * dim), nn.GELU(), nn.Linear(4 * dim, n_outputs + context))
+        self.head = nn.Sequential(
+            nn.Linear(wide, 4 * dim), nn.GELU(), nn.Linear(4 * dim, n_outputs + context)
+        )
         self.hits = HitTimes(context, hit_dim, n_mixture)
         self.n_context = context
         if task == "regression":                         # at first a track from the entry through the centre
@@ -338,7 +370,7 @@ class MuonNet(nn.Module):
         if self.frame == "detector":
             rotation = torch.eye(3, device=x.device).expand_as(rotation)
         features = (self.features(x, real, rotation, first) - self.mean) / self.scale
-        index, N = common.place_order(x[..., :3] @ rotation.mT, real)
+        index = common.place_order(x[..., :3] @ rotation.mT, real, N := self.blocks)
         row = torch.arange(len(x), device=x.device)[:, None]
         features = F.pad(features, (0, 0, 0, 1))[row, index]
         present = F.pad(real, (0, 1))[row, index]
@@ -348,14 +380,16 @@ class MuonNet(nn.Module):
             h, found = layer(h, present, N, self.dense)
             statistics.append(found)
         y = self.head(self.read(self.norm(h), present, features))
-        y = y.float()
+        y = y.to(x.dtype)
         if self.task != "regression":
             return {"logits": y[:, :-self.n_context], "statistics": statistics}
         answer, context = y[:, :6].unflatten(1, (2, 3)), y[:, 6:]
         out = {"context": context, "statistics": statistics, "ends": self.ends(answer) @ rotation}
         if refine:
             with torch.autocast(x.device.type, enabled=False):
-                out["refined"] = self.refine(out["ends"], x, real, first, context, refine, graph)
+                order = index.gather(1, (index == x.shape[1]).sort(dim=1, stable=True).indices)[:, :x.shape[1]]
+                some = F.pad(x, (0, 0, 0, 1))[row, order], F.pad(real, (0, 1))[row, order]
+                out["refined"] = self.refine(out["ends"], *some, first, context, refine, graph)
         return out
 
     def read(self, h, real, features):
@@ -378,7 +412,7 @@ class MuonNet(nn.Module):
         return torch.stack([entry, entry - 2 * (entry * way).sum(-1, keepdim=True) * way], 1) * RADIUS
 
     def refine(self, ends, x, real, first, context, steps, graph=False):
-        """Ends after Gauss-Newton steps on the likelihood of the hits' times."""
+        """Ends after Gauss-Newton steps on the likelihood of the times of hits x, in place order."""
         ends = fit_muons.on_sphere(ends)
         if not graph:
             ends, context = ends.detach(), context.detach()
@@ -397,9 +431,10 @@ class MuonNet(nn.Module):
             entry, exit = wide[:, 0].contiguous(), wide[:, 1].contiguous()
             if not graph:
                 entry, exit = entry.detach().requires_grad_(), exit.detach().requires_grad_()
-            centers, spreads, shares = self.hits(entry, exit, x, largest, context)
-            offset = event_time(late, real, centers, spreads, shares)
-            total, information, slope = log_likelihood(late - offset[:, None], centers, spreads, shares)
+            centers, spreads, shares, paths = self.hits(entry, exit, x, largest, context)
+            found = event_time(late, real, centers, spreads, shares, paths)
+            rest = remaining(late, found, paths)
+            total, information, _ = log_likelihood(rest, centers, spreads, shares)
             gradient = torch.autograd.grad((total * real).sum(), (entry, exit), create_graph=graph,
                                            retain_graph=True)
             mean = (shares.exp() * centers).sum(-1)
@@ -407,13 +442,14 @@ class MuonNet(nn.Module):
         across = fit_muons.tangents(ends.detach() if not graph else ends)
         gradient, slopes = (torch.cat([g @ across[:, i].mT for i, g in enumerate(parts)], -1)
                             for parts in (gradient, slopes))                       # (B, T, 4)
-        slopes = torch.cat([slopes, torch.ones_like(slopes[..., :1])], -1)
+        slopes = torch.cat([slopes, torch.ones_like(slopes[..., :1]), paths], -1)   # and of time and indices
         weight = information * real
         if not graph:
             weight, slopes = weight.detach(), slopes.detach()
         normal = (slopes * weight[..., None]).mT @ slopes
-        normal = normal + torch.diag_embed(1e-3 * normal.diagonal(dim1=1, dim2=2) + 1e-6)
-        pull = torch.cat([gradient.sum(1), (slope * real).sum(1, keepdim=True)], -1)
+        prior = normal.new_tensor([0, 0, 0, 0, 0, INDEX_SPREAD ** -2, INDEX_SPREAD ** -2])
+        normal = normal + torch.diag_embed(1e-3 * normal.diagonal(dim1=1, dim2=2) + prior + 1e-6)
+        pull = F.pad(gradient.sum(1), (0, 3))            # the time and the indices are at their likeliest
         move = torch.linalg.solve(normal.double(), pull.double())[:, :4].to(ends)
         size = move.unflatten(-1, (2, 2)).norm(dim=-1).amax(1, keepdim=True)
         return fit_muons.move(ends, move * (3 / size.clamp(min=3)))
@@ -423,22 +459,37 @@ class MuonNet(nn.Module):
             layer.attention.density.fill_(density)
 
 
+INDEX_SPREAD = 0.03  # of the group indices about the nominal ones, inside and outside
+
+
 @torch.no_grad()
-def event_time(late, real, centers, spreads, shares):
-    """The time (B,) at which the muon entered, of the greatest likelihood near the median of what hits say."""
+def event_time(late, real, centers, spreads, shares, paths):
+    """(B, 3): the time at which the muon entered, and how far the group indices inside and outside are from the
+    nominal ones: the likeliest, the indices with a Gaussian prior. late (B, T): the hits' times."""
+    columns = torch.cat([torch.ones_like(paths[..., :1]), paths], -1)
+    prior = late.new_tensor([0, INDEX_SPREAD ** -2, INDEX_SPREAD ** -2])
     left = torch.where(real, late - (shares.exp() * centers).sum(-1), math.nan)
-    offset = left.nanmedian(1).values
-    for _ in range(4):
-        _, information, slope = log_likelihood(late - offset[:, None], centers, spreads, shares)
-        offset = offset + ((slope * real).sum(1) / (information * real).sum(1).clamp(min=1e-6)).clamp(-5, 5)
-    return offset
+    found = F.pad(left.nanmedian(1).values[:, None], (0, 2))
+    for _ in range(5):
+        rest = late - (columns @ found[..., None])[..., 0]
+        _, information, slope = log_likelihood(rest, centers, spreads, shares)
+        normal = (columns * (information * real)[..., None]).mT @ columns + torch.diag(prior + 1e-6)
+        pull = (columns * (slope * real)[..., None]).sum(1) - prior * found
+        move = torch.linalg.solve(normal.double(), pull.double()).to(late)
+        found = found + torch.cat([move[:, :1].clamp(-5, 5), move[:, 1:].clamp(-0.05, 0.05)], 1)
+    return found
+
+
+def remaining(late, found, paths):
+    """Times (B, T) of hits less what event_time found."""
+    return late - found[:, :1] - (paths @ found[:, 1:, None])[..., 0]
 
 
 def make_model():
     sizes = dict(task=TASK, n_outputs={"regression": 6, "classification": N_CLASSES}.get(TASK, 1), dim=DIM,
                  n_layers=N_LAYERS, n_heads=N_HEADS, hidden_dim=HIDDEN_DIM, norm=NORM, readout=READOUT,
                  output=OUTPUT, frame=FRAME, min_connections=MIN_CONNECTIONS, dense=ATTENTION == "dense",
-                 context=CONTEXT, hit_dim=HIT_DIM, n_mixture=MIXTURE)
+                 context=CONTEXT, hit_dim=HIT_DIM, n_mixture=MIXTURE, seq_len=SEQ_LEN)
     if PRESET == "seed":
         sizes |= dict(dim=48, n_layers=4, n_heads=6, hidden_dim=192, norm="post")
     model = MuonNet(**sizes)
@@ -490,9 +541,9 @@ def hits_loss(model, out, x, y):
     _, first = frames(x, real)
     late = (x[..., 3] - first[:, None]).clamp(-100, 600)
     entry, exit = (y[:, i, None].expand(-1, x.shape[1], -1) for i in (0, 1))
-    parts = model.hits(entry, exit, x, x[..., 4].amax(1), out["context"])
-    offset = event_time(late, real, *(p.detach() for p in parts))
-    total, *_ = log_likelihood(late - offset[:, None], *parts)
+    *parts, paths = model.hits(entry, exit, x, x[..., 4].amax(1), out["context"])
+    found = event_time(late, real, *(p.detach() for p in parts), paths)
+    total, *_ = log_likelihood(remaining(late, found, paths), *parts)
     return -(total * real).sum(1) / real.sum(1)
 
 
@@ -574,7 +625,7 @@ def plot_results(ends, truth, out):
     figure, axes = pyplot.subplots(2, 2, figsize=(9, 6.4))
     for axis, (key, label) in zip(axes.ravel(), names.items(), strict=True):
         value = found[key].numpy()
-        axis.hist(value, 60, (0, float(np.quantile(value, 0.98)) * 1.1 + 1e-6), color="steelblue")
+        axis.hist(value, 60, range=(0, float(np.quantile(value, 0.98)) * 1.1 + 1e-6), color="steelblue")
         axis.axvline(np.median(value), color="black", label=f"median {np.median(value):.3g}")
         axis.axvline(np.quantile(value, 0.68), color="black", linestyle=":",
                      label=f"68% {np.quantile(value, 0.68):.3g}")
@@ -615,7 +666,10 @@ def plot_event(run, model, events, index, ends, out):
 
     def onto(p):
         return torch.atan2(p[..., 1], p[..., 0]), p[..., 2] / p.norm(dim=-1)
-    points = axis.scatter(*onto(x[:, :3]), 2 + x[:, 4] / 150, x[:, 3].clamp(*np.quantile(x[:, 3], [0.02, 0.98])))
+
+    points = axis.scatter(
+        *onto(x[:, :3]), 2 + x[:, 4] / 150, x[:, 3].clamp(*np.quantile(x[:, 3], [0.02, 0.98]))
+    )
     axis.scatter(*onto(x[seen, :3]), 24, facecolors="none", edgecolors="orange", linewidths=0.7,
                  label="chosen by the attention of the hits in red")
     axis.scatter(*onto(x[queries, :3]), 8, color="red")
@@ -650,8 +704,12 @@ def chosen_hits(model, x, place):
     rotation, _ = frames(torch.nan_to_num(x), real)
     if model.frame == "detector":
         rotation = torch.eye(3, device=x.device)[None]
-    index, _ = common.place_order(torch.nan_to_num(x)[..., :3] @ rotation.mT, real)
-    near = (F.pad(torch.nan_to_num(x[0, :, :3]), (0, 0, 0, 1), value=1e6)[index[0]] - place).norm(dim=-1).argmin()
+    index = common.place_order(torch.nan_to_num(x)[..., :3] @ rotation.mT, real, N)
+    near = (
+        (F.pad(torch.nan_to_num(x[0, :, :3]), (0, 0, 0, 1), value=1e6)[index[0]] - place)
+        .norm(dim=-1)
+        .argmin()
+    )
     NI = chosen.shape[2]
     block = int(near) // (P // NI)
     blocks = chosen[0, :, block][gate[0, :, block] > -math.inf].unique()
@@ -712,12 +770,37 @@ def simulated(run):
 
 
 def check_constants(run):
-    common.divisible(MICRO_BATCH=(MICRO_BATCH, 1), STEPS=(STEPS, 1), BATCH=(BATCH, run.world), SEQ_LEN=(SEQ_LEN, 1),
-                     DIM=(DIM, N_HEADS), N_LAYERS=(N_LAYERS, 1), MIXTURE=(MIXTURE, 1), EVENTS=(EVENTS, 1))
-    common.within(0, math.inf, LR=LR, MUON_LR=MUON_LR, WEIGHT_DECAY=WEIGHT_DECAY, CLIP=CLIP, WARMUP=WARMUP,
-                  PATIENCE=PATIENCE, LOG_EVERY=LOG_EVERY, EVAL_EVERY=EVAL_EVERY, SAVE_EVERY=SAVE_EVERY,
-                  REFINE=REFINE, FIT_STEPS=FIT_STEPS, LIKELIHOOD=LIKELIHOOD, REFINED=REFINED, SPARSITY=SPARSITY,
-                  RETENTION=RETENTION, ENTROPY=ENTROPY, VALID_EVENTS=VALID_EVENTS)
+    common.divisible(
+        MICRO_BATCH=(MICRO_BATCH, 1),
+        STEPS=(STEPS, 1),
+        BATCH=(BATCH, run.world),
+        SEQ_LEN=(SEQ_LEN, 1),
+        DIM=(DIM, N_HEADS),
+        N_LAYERS=(N_LAYERS, 1),
+        MIXTURE=(MIXTURE, 1),
+        EVENTS=(EVENTS, 1),
+    )
+    common.within(
+        0,
+        math.inf,
+        LR=LR,
+        MUON_LR=MUON_LR,
+        WEIGHT_DECAY=WEIGHT_DECAY,
+        CLIP=CLIP,
+        WARMUP=WARMUP,
+        PATIENCE=PATIENCE,
+        LOG_EVERY=LOG_EVERY,
+        EVAL_EVERY=EVAL_EVERY,
+        SAVE_EVERY=SAVE_EVERY,
+        REFINE=REFINE,
+        FIT_STEPS=FIT_STEPS,
+        LIKELIHOOD=LIKELIHOOD,
+        REFINED=REFINED,
+        SPARSITY=SPARSITY,
+        RETENTION=RETENTION,
+        ENTROPY=ENTROPY,
+        VALID_EVENTS=VALID_EVENTS,
+    )
     common.within(1, math.inf, MAX_BAD_STEPS=MAX_BAD_STEPS, MIN_CONNECTIONS=MIN_CONNECTIONS)
     common.within(0, 1, FLOOR=FLOOR, VALID_SHARE=VALID_SHARE, TEST_SHARE=TEST_SHARE)
     if len(DENSITY) != 2 or not all(0 < d <= 1 for d in DENSITY):
@@ -739,8 +822,10 @@ def main():
     events = Events(DATA or simulated(run))
     train, valid, test = events.split()
     if len(train) < BATCH or not len(valid) or not len(test):
-        raise common.BadInput(f"{len(events)} events of {events.name} give {len(train)} to train on, {len(valid)} "
-                              f"and {len(test)} to validate and test; more are needed, or a smaller BATCH {BATCH}")
+        raise common.BadInput(
+            f"{len(events)} events of {events.name} give {len(train)} to train on, {len(valid)} "
+            f"and {len(test)} to validate and test; more are needed, or a smaller BATCH {BATCH}"
+        )
 
     model = make_model()
     normalise(model, events, train)
@@ -840,7 +925,9 @@ def main():
     best = run.share(common.load(Path(OUT) / "best.pt") if run.first else None)
     judged = build(best).to(run.device)
     metrics = evaluate(run, judged, events, valid)
-    metrics |= {f"test_{k}": v for k, v in evaluate(run, judged, events, test).items()}  # looked at once, here
+    metrics |= {
+        f"test_{k}": v for k, v in evaluate(run, judged, events, test).items()
+    }  # looked at once, here
     record.log(step, **metrics, final=True)
     common.export_weights(run, OUT, best)
     state["finished"] = True

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
@@ -33,11 +34,11 @@ TAIL = 4.0         # degrees of freedom of the Student t
 RADIUS, PMT_RADIUS, LIGHT = simulate_muons.RADIUS, simulate_muons.PMT_RADIUS, simulate_muons.LIGHT
 
 
-def first_light(entry: Tensor, exit: Tensor, pmts: Tensor, index_in=INDEX_IN, index_out=INDEX_OUT):
-    """(time in ns from the muon's entry, geometry (..., 8)) of the light that reaches PMTs (..., 3) first from
-    a track between entry and exit (..., 3), in m. The geometry of that light: fraction of the track where it
-    leaves it, path inside and outside / 10 m, cosines at the boundary and at the PMT, the PMT's distance
-    from the track / 10 m, the cosine to the track, and the track's length / 30 m."""
+def first_light(entry: Tensor, exit: Tensor, pmts: Tensor) -> tuple[Tensor, Tensor]:
+    """(time in ns from the muon's entry, geometry (..., 8)) of the light that reaches PMTs (..., 3) first
+    from a track between entry and exit (..., 3), in m. The geometry of that light: fraction of the track
+    where it leaves it, path inside and outside / 10 m, cosines at the boundary and at the PMT, the PMT's
+    distance from the track / 10 m, the cosine to the track, and the track's length / 30 m."""
     chord = exit - entry
     length = chord.norm(dim=-1, keepdim=True).clamp(min=1e-3)
     way = chord / length
@@ -54,7 +55,7 @@ def first_light(entry: Tensor, exit: Tensor, pmts: Tensor, index_in=INDEX_IN, in
     edge = (outward.square() + RADIUS ** 2 - source.square().sum(-1, keepdim=True)).clamp(min=1e-4).sqrt()
     inside = edge - outward
     outside = distance - inside
-    arrival = (place + index_in * inside + index_out * outside) / LIGHT
+    arrival = (place + INDEX_IN * inside + INDEX_OUT * outside) / LIGHT
     incidence = (ray * pmts).sum(-1, keepdim=True) / PMT_RADIUS
     ahead = (ray * way).sum(-1, keepdim=True)
     geometry = torch.cat([place / length, inside / 10, outside / 10, edge / RADIUS, incidence, across / 10,
@@ -81,41 +82,42 @@ def move(ends: Tensor, step: Tensor) -> Tensor:
     return on_sphere(ends + (step.unflatten(-1, (2, 2, 1)) * tangents(ends)).sum(-2))
 
 
-def gauss_newton(ends: Tensor, predict, times: Tensor, real: Tensor, steps: int, tail: float = TAIL,
-                 prior: float = 1e-3, graph: bool = False) -> Tensor:
+def gauss_newton(ends: Tensor, predict, times: Tensor, real: Tensor, steps: int) -> Tensor:
     """Ends (B, 2, 3) after some steps of robust least squares to times (B, T) of real (B, T) hits.
 
-    predict(entry (B, T, 3), exit (B, T, 3)) gives each hit's time and its spread (B, T) in ns, up to an offset
-    of the event that is fitted too. No step is longer than 3 m. `graph` keeps what gradients need."""
+    predict(entry (B, T, 3), exit (B, T, 3)) gives each hit's time and its spread (B, T) in ns, up to an
+    offset of the event that is fitted too. No step is longer than 3 m."""
     for _ in range(steps):
         with torch.enable_grad():
             wide = ends[:, :, None].expand(-1, -1, times.shape[1], -1)
-            entry, exit = wide[:, 0].contiguous(), wide[:, 1].contiguous()
-            if not graph:
-                entry, exit = entry.detach().requires_grad_(), exit.detach().requires_grad_()
-            expected, spread = predict(entry, exit)
-            slopes = torch.autograd.grad(expected.sum(), (entry, exit), create_graph=graph)
-        if not graph:
-            expected, spread = expected.detach(), spread.detach()
-        turned = torch.stack([s @ t.transpose(-1, -2) for s, t in
-                              zip(slopes, tangents(ends).unbind(1), strict=True)], 2).flatten(2)
-        left = times - expected
-        weight = real / spread.square()
+            entry, exit = (wide[:, i].contiguous().requires_grad_() for i in (0, 1))
+            expected, spread = (x.detach() if i else x for i, x in enumerate(predict(entry, exit)))
+            slopes = torch.autograd.grad(expected.sum(), (entry, exit))  # a hit depends on its own copy alone
+        slopes = [s @ t.mT for s, t in zip(slopes, tangents(ends).unbind(1), strict=True)]
+        left, weight = times - expected.detach(), real / spread.square()
         offset = weighted_median(left, weight)
-        for _ in range(2):                                       # the offset, robustly
-            trust = weight * (1 + tail) / (tail + ((left - offset[:, None]) / spread).square())
+        for _ in range(2):
+            trust = weight * (1 + TAIL) / (TAIL + ((left - offset[:, None]) / spread).square())
             offset = (trust * left).sum(1) / trust.sum(1)
         left = left - offset[:, None]
-        trust = weight * (1 + tail) / (tail + (left / spread).square())
-        slope = torch.cat([turned, torch.ones_like(turned[..., :1])], -1)      # (B, T, 5)
+        trust = weight * (1 + TAIL) / (TAIL + (left / spread).square())
+        slope = torch.cat([*slopes, torch.ones_like(left[..., None])], -1)  # (B, T, 5): the last is the time
         scaled = slope * trust[..., None]
-        normal = scaled.transpose(1, 2) @ slope
-        normal = normal + torch.eye(5, device=ends.device) * prior * normal.diagonal(dim1=1, dim2=2)[:, None]
-        step = torch.linalg.solve(normal.double(), (scaled.transpose(1, 2) @ left[..., None]).double())
-        step = step[:, :4, 0].to(ends.dtype)
+        normal = scaled.mT @ slope
+        normal = normal + torch.diag_embed(1e-3 * normal.diagonal(dim1=1, dim2=2))
+        step = torch.linalg.solve(normal.double(), (scaled.mT @ left[..., None]).double())[:, :4, 0].to(ends)
         size = step.unflatten(-1, (2, 2)).norm(dim=-1).amax(1, keepdim=True)
         ends = move(ends, step * (3 / size.clamp(min=3)))
     return ends
+
+
+@torch.no_grad()
+def cost(ends: Tensor, predict, times: Tensor, real: Tensor) -> Tensor:
+    """Negative log-likelihood (B,) of times (B, T) under Student's t, up to a constant."""
+    expected, spread = predict(*(ends[:, i, None].expand(-1, times.shape[1], -1) for i in (0, 1)))
+    left = times - expected
+    left = left - weighted_median(left, real.float())[:, None]
+    return ((spread.log() + (1 + TAIL) / 2 * torch.log1p((left / spread).square() / TAIL)) * real).sum(1)
 
 
 def weighted_median(x: Tensor, weight: Tensor) -> Tensor:
@@ -123,14 +125,14 @@ def weighted_median(x: Tensor, weight: Tensor) -> Tensor:
     return torch.where(weight > 0, x.detach(), math.nan).nanmedian(1).values
 
 
-def first_time(times: Tensor, real: Tensor, hits: int = 20, within: float = 6.0) -> Tensor:
-    """Time (B,) of the first light of events: the first of so many hits within so many ns, which noise never
-    makes. times (B, T) in any order."""
+def first_time(times: Tensor, real: Tensor, within: float = 6.0) -> Tensor:
+    """Time (B,) of the first light of events: the first of 1% of the hits, at least 5, within so many ns, which
+    noise hardly ever makes. times (B, T) in any order."""
     ordered = times.masked_fill(~real, math.inf).sort(1).values
-    hits = min(hits, max(1, times.shape[1] // 4))
-    spans = ordered[:, hits - 1:] - ordered[:, :ordered.shape[1] - hits + 1]
-    first = (spans < within).int().argmax(1)
-    return ordered.gather(1, first[:, None])[:, 0]
+    hits = (real.sum(1, keepdim=True) // 100).clamp(min=5)
+    last = torch.arange(times.shape[1], device=times.device) + hits - 1
+    ends = F.pad(ordered, (0, 1), value=math.inf).gather(1, last.clamp(max=times.shape[1]))
+    return ordered.gather(1, (ends - ordered < within).int().argmax(1, keepdim=True))[:, 0]
 
 
 def starts(x: Tensor, real: Tensor, directions: int = 100) -> Tensor:
@@ -151,8 +153,8 @@ def starts(x: Tensor, real: Tensor, directions: int = 100) -> Tensor:
 
 
 def basis(charge: Tensor, geometry: Tensor) -> Tensor:
-    """Functions (..., F) of a hit's charge (pe) and first_light's geometry that the correction is made of: all
-    products of up to three of them, and a few that are not smooth."""
+    """Functions (..., F) of a hit's charge (pe) and first_light's geometry that the correction is made of:
+    all products of up to three of them, and a few that are not smooth."""
     place, inside, outside, edge, incidence, across, ahead, length = geometry.unbind(-1)
     q = charge.clamp(min=0.3).log() / 3 - 2
     dark = (0.65 - edge).clamp(0, 0.35) * 4
@@ -176,35 +178,41 @@ def calibrate(x: Tensor, ends: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     event = keep.nonzero()[:, 0]
     trust, delay, spread = torch.ones_like(y), None, None
     for _ in range(10):
-        delay = torch.linalg.solve(b.T @ (b * trust[:, None]) + 1e-6 * torch.eye(b.shape[1]), b.T @ (trust * y))
+        delay = torch.linalg.solve(
+            b.T @ (b * trust[:, None]) + 1e-6 * torch.eye(b.shape[1]), b.T @ (trust * y)
+        )
         rest = y - b @ delay
         sums = torch.zeros(2, len(x), dtype=y.dtype)
         sums[0].index_add_(0, event, trust * rest)
         sums[1].index_add_(0, event, trust)
         shift = (sums[0] / sums[1])[event]                        # an event's own offset
         y, rest = y - shift, rest - shift
-        logs = rest.abs().clamp(min=0.05).log() + 0.4             # median |t| of a t_4 is about exp(-0.3) scales
+        logs = rest.abs().clamp(min=0.05).log() + 0.4  # median |t| of a t_4 is about exp(-0.3) scales
         spread = torch.linalg.solve(b.T @ b + 1e-6 * torch.eye(b.shape[1]), b.T @ logs)
         scale = (b @ spread).clamp(-2, 4).exp()
         trust = (1 + TAIL) / (TAIL + (rest / scale).square()) / scale.square()
     return delay.float(), spread.float()
 
 
-def predictor(x: Tensor, delay: Tensor, spread: Tensor, index_in=INDEX_IN, index_out=INDEX_OUT):
+def predictor(x: Tensor, delay: Tensor, spread: Tensor):
     """What gauss_newton asks for: the time and spread of hits x (B, T, 5) of a track."""
     def predict(entry, exit):
-        arrival, geometry = first_light(entry, exit, x[..., :3], index_in, index_out)
+        arrival, geometry = first_light(entry, exit, x[..., :3])
         b = basis(x[..., 4], geometry)
         return arrival + b @ delay, (b @ spread).clamp(-2, 4).exp()
     return predict
 
 
-def fit(x: Tensor, calibration: tuple[Tensor, Tensor], start: Tensor | None = None,
-        steps: int = ITERATIONS) -> Tensor:
+def fit(x: Tensor, calibration: tuple[Tensor, Tensor], start: Tensor | None = None, steps: int = 8) -> Tensor:
     """Entry and exit (B, 2, 3) in m of events x (B, T, 5); rows with NaN are no hits."""
     real = x.isfinite().all(-1)
     x = torch.where(real[..., None], x, torch.zeros_like(x))
-    start = starts(x, real) if start is None else start
+    if start is None:                                    # a clipping track is easily taken for its reverse
+        some, seen = x[:, ::4], real[:, ::4]
+        predict, guess = predictor(some, *calibration), starts(x, real)
+        both = [gauss_newton(ends, predict, some[..., 3], seen, 4) for ends in (guess, guess.flip(1))]
+        costs = [cost(ends, predict, some[..., 3], seen) for ends in both]
+        start = torch.where((costs[0] <= costs[1])[:, None, None], *both)
     return gauss_newton(start, predictor(x, *calibration), x[..., 3], real, steps)
 
 
@@ -212,7 +220,7 @@ def errors(ends: Tensor, truth: Tensor) -> dict[str, Tensor]:
     """Per event, of ends and truth (N, 2, 3) in m: angle between the directions in degrees, difference of the
     distances of closest approach to the centre, and of the entries and the exits, in cm."""
     def direction(e):
-        return F_normalize(e[:, 1] - e[:, 0])
+        return F.normalize(e[:, 1] - e[:, 0], dim=-1)
 
     def closest(e):
         d = direction(e)
@@ -223,10 +231,6 @@ def errors(ends: Tensor, truth: Tensor) -> dict[str, Tensor]:
     return {"angle_deg": angle.rad2deg(), "dD_cm": (closest(ends) - closest(truth)).abs() * 100,
             "entry_cm": (ends[:, 0] - truth[:, 0]).norm(dim=-1) * 100,
             "exit_cm": (ends[:, 1] - truth[:, 1]).norm(dim=-1) * 100}
-
-
-def F_normalize(x):
-    return x / x.norm(dim=-1, keepdim=True).clamp(min=1e-9)
 
 
 def summary(found: dict[str, Tensor]) -> dict:
@@ -251,7 +255,10 @@ def read(pattern: str, limit: int = 0) -> tuple[Tensor, Tensor | None]:
 def calibration_events():
     """200 simulated events of the nominal detector, (x, ends)."""
     import numpy as np
-    made = [simulate_muons.event(np.random.default_rng((2025, i)), simulate_muons.NOMINAL) for i in range(200)]
+
+    made = [
+        simulate_muons.event(np.random.default_rng((2025, i)), simulate_muons.NOMINAL) for i in range(200)
+    ]
     x = torch.full((200, max(len(m[0]) for m in made), 5), math.nan)
     for row, m in zip(x, made, strict=True):
         row[:len(m[0])] = torch.from_numpy(m[0])
@@ -263,7 +270,7 @@ def main():
     cx, cy = read(CALIBRATION) if CALIBRATION else calibration_events()
     calibration = calibrate(torch.nan_to_num(cx), cy, cx.isfinite().all(-1))
     begin, cpu = time.perf_counter(), time.process_time()
-    ends = torch.cat([fit(part, calibration) for part in x.split(BATCH)])
+    ends = torch.cat([fit(part, calibration, steps=ITERATIONS) for part in x.split(BATCH)])
     clock, cpu = time.perf_counter() - begin, time.process_time() - cpu
     print(f"{len(x)} events, {clock / len(x) * 1e3:.1f} ms each, {cpu / len(x) * 1e3:.1f} CPU ms")
     if truth is not None:

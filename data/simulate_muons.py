@@ -1,11 +1,11 @@
 """Simulate muons that cross a sphere of liquid scintillator, as the 2,000 most telling hits of its PMTs.
 
-Writes OUT/NAME-0000.pt ... with x_data (N, HITS, 5) float32: x, y, z of the PMT in m, time of the first hit in
-ns, charge in photo-electrons (pe), sorted by time, and y_data (N, 6): entry and exit of the track on the
+Writes OUT/NAME-0000.pt ... with x_data (N, HITS, 5) float32: x, y, z of the PMT in m, time of the first hit
+in ns, charge in photo-electrons (pe), sorted by time, and y_data (N, 6): entry and exit of the track on the
 sphere in m; and event.png. Event i depends on (SEED, i) alone, however many processes and files there are.
 
-    python data/simulate_muons.py                                         20,000 events of randomised detectors
-    python data/simulate_muons.py DETECTOR=nominal NAME=test SEED=1 EVENTS=1000
+    python data/simulate_muons.py                                         20,000 events of randomised
+    detectors python data/simulate_muons.py DETECTOR=nominal NAME=test SEED=1 EVENTS=1000
     python data/simulate_muons.py DETECTOR=stressed NAME=stressed SEED=2 EVENTS=1000
 
 The generative model, in a detector like JUNO's (arXiv 1507.05613):
@@ -19,7 +19,8 @@ The generative model, in a detector like JUNO's (arXiv 1507.05613):
   the water outside. Diffuse light: a share of the direct, the same for all PMTs, later by an exponential.
 - Time: three exponentials of scintillation, transit-time spread (two kinds of PMT), both for every photon.
   The first of n photons is drawn exactly: the quantile 1 - (1 - u)^(1/n) of all light that the PMT sees.
-  Then electronics jitter, dark counts from PRE_TRIGGER before the first light on, and an unknown trigger phase.
+  Then electronics jitter, dark counts from PRE_TRIGGER before the first light on, and an unknown trigger
+  phase.
 - Charge: Poisson, 30% a photo-electron, 5% a PMT, saturating at 1,500 pe.
 - Kept are the HITS / 2 largest charges and as many of the others at random.
 """
@@ -28,6 +29,7 @@ import dataclasses
 import functools
 import math
 import multiprocessing
+import os
 import sys
 from pathlib import Path
 
@@ -38,7 +40,7 @@ import common
 
 OUT = "data/muons"     # folder, from the root of the repo unless absolute
 NAME = "muons"         # the files begin so
-DETECTOR = "random"    # "nominal"; "stressed": other optics, timing and yield, more noise; "random" each event
+DETECTOR = "random"  # "nominal"; "stressed": other optics, timing and yield, more noise; "random" each event
 EVENTS = 20_000
 SHARD = 500            # events a file
 HITS = 2_000           # hits an event
@@ -176,8 +178,8 @@ nominal_responses = functools.cache(responses)
 
 
 def mean_light(detector, places, photons):
-    """(direct light (N_PMTS,), diffuse light of each slice (SLICES,) on any PMT), in expected photo-electrons,
-    of slices at places (SLICES, 3)."""
+    """(direct light (N_PMTS,), diffuse light of each slice (SLICES,) on any PMT), in expected
+    photo-electrons, of slices at places (SLICES, 3)."""
     r = np.linalg.norm(places, axis=1)
     chords = (np.arange(TABLE, dtype="f4") + 0.5) * (2 / TABLE)  # |direction to PMT - direction to slice|
     table = light(detector, r[:, None].astype("f4"), 1 - chords * chords / 2)[0]
@@ -196,8 +198,9 @@ def mean_light(detector, places, photons):
 
 
 def first_times(rng, detector, arrival, weights, kind, count):
-    """Time (hits,) of the first of count (hits,) photons on PMTs of a kind (hits,), where the light of a slice
-    arrives at arrival (hits, SLICES) at the earliest, direct and diffuse with weights (2, hits, SLICES)."""
+    """Time (hits,) of the first of count (hits,) photons on PMTs of a kind (hits,), where the light of a
+    slice arrives at arrival (hits, SLICES) at the earliest, direct and diffuse with weights (2, hits,
+    SLICES)."""
     hits = len(arrival)
     first, total = arrival.min(1), weights.sum((0, 2))
     place = (arrival - first[:, None]) * (1 / BIN)
@@ -223,7 +226,7 @@ def first_times(rng, detector, arrival, weights, kind, count):
     return np.where(bin == BINS, time + rng.exponential(detector.diffuse[1], hits), time)  # beyond the window
 
 
-def event(rng, detector, hits=HITS, ends=None):
+def event(rng, detector, hits=2_000, ends=None):
     """(hits (hits, 5) sorted by time, entry, exit): a muon between random ends or these."""
     start, stop = ends or track(rng)
     fixed = np.random.default_rng((detector.seed, N_PMTS))  # what the detector's seed fixes
@@ -298,13 +301,10 @@ def simulate(out, **constants):
     todo = [(*job, settings) for job in jobs if not job[0].exists()]
     out.mkdir(parents=True, exist_ok=True)
     with tqdm(total=sum(last - first for _, first, last, _ in todo), unit=" events", disable=None) as bar:
-        if (WORKERS or multiprocessing.cpu_count()) == 1 or len(todo) < 2:
-            for job in todo:
-                bar.update(shard(job))
-        else:
-            with multiprocessing.get_context("spawn").Pool(WORKERS or None) as pool:
-                for done in pool.imap_unordered(shard, todo):
-                    bar.update(done)
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"         # products round alike however many cores there are
+        with multiprocessing.get_context("spawn").Pool(WORKERS or None) as pool:
+            for done in pool.imap_unordered(shard, todo):
+                bar.update(done)
     return [job[0] for job in jobs]
 
 
