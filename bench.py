@@ -11,6 +11,7 @@ and ours and the fastest of REPEAT is kept: these are shared machines.
 
 import contextlib
 import datetime
+import functools
 import json
 import math
 import platform
@@ -26,9 +27,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
+import train_muon_dsa
 import train_nsa_enwik8
 import train_pretrain
-from data import prepare_python_docs, prepare_text
+from data import fit_muons, prepare_python_docs, prepare_text, simulate_muons
 
 DATA = ""            # text whose document lengths are used; "" = Python's documentation
 REPEAT = 5           # timings of each; the fastest counts
@@ -38,6 +40,7 @@ COMPILE = True       # compile our layers where a C++ compiler is there
 LENGTH = 512         # tokens a row
 ROWS = 4             # rows a forward; both models are fastest with few
 LONGEST = 16_384     # tokens in `nsa`; up to 65_536
+CHECKPOINT = "out/muon"  # a trained train_muon_dsa.py, in `dsa`
 
 BIG = dict(dim=512, n_layers=8, n_heads=8, n_kv_heads=2, seq_len=512)  # 26M parameters at 6,400 tokens
 
@@ -658,7 +661,155 @@ def plot_lengths(rows):
     pyplot.close(figure)
 
 
-BENCHMARKS = (limits, train, memory, tokenize, startup, generate, learn, nsa)
+class LoopsAttention(common.DynamicSparseAttention):
+    """The way that throws connections away: the whole softmax matrix, the largest entries of a head's whole
+    map, then loops over the rows that kept too few."""
+
+    def forward(self, x, real, N, dense=False):
+        B, T, _ = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
+        keep = torch.zeros_like(weights, dtype=torch.bool)
+        for b in range(B):
+            for h in range(self.n_heads):
+                important = (weights[b, h] * self.importance(x[b])[:, h].exp()).detach()
+                count = int(float(self.density) * T * T)
+                keep[b, h] = important >= important.flatten().topk(count).values[-1]
+                for row in range(T):
+                    if int(keep[b, h, row].sum()) < self.min_connections:
+                        keep[b, h, row, important[row].topk(self.min_connections).indices] = True
+        return self.out(((weights * keep) @ v).transpose(1, 2).flatten(2)), {}
+
+
+class DenseAttention(common.DynamicSparseAttention):
+    """The same projections around scaled_dot_product_attention, as one would write it."""
+
+    def forward(self, x, real, N, dense=False):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).flatten(2)), {}
+
+
+def with_statistics(module, *inputs):
+    """The layer's output, its statistics added, so that backward goes through them, too."""
+    y, found = module(*inputs)
+    return y + found["retained_information"].sum() + found["entropy"].sum() if found else y
+
+
+def dsa():
+    """Dynamic sparsity attention of one layer, 6 heads of 8, against dense and against loops over the whole
+    matrix; the mass that its blocks hold; the whole network against the fit."""
+    run, rows = common.start(0, "float32"), []
+    for T in (500, 1000, 2000, 4000, 8000, 16000):
+        B = 4 if T <= 2000 else 1
+        torch.manual_seed(0)
+        x = torch.randn(B, T, 48, device=run.device)
+        points = F.normalize(torch.randn(B, T, 3, device=run.device), dim=-1)
+        N = 1 << round(math.log2(T / 16))
+        index = common.place_order(points, torch.ones(B, T, dtype=torch.bool, device=run.device), N)
+        ordered = F.pad(x, (0, 0, 0, 1))[torch.arange(B, device=run.device)[:, None], index].requires_grad_()
+        real, x = index < T, x.requires_grad_()
+
+        def layer(kind, density=0.1, x=x, real=real, N=N):
+            torch.manual_seed(0)
+            module = kind(48, 6, density=density).to(run.device)
+            parts = [x, *(p for n, p in module.named_parameters() if n not in ("log_temperature",) and (
+                kind is common.DynamicSparseAttention or not n.startswith("importance")))]
+
+            return functools.partial(with_statistics, module, x, real, N), parts
+        dense, loops = layer(DenseAttention), layer(LoopsAttention)
+        for density in (0.10, 0.05):
+            ours = layer(common.DynamicSparseAttention, density, ordered)
+            name = f"{B}×{T}, {density:.0%}"
+            if T == 16000:
+                with torch.no_grad():
+                    base, mine = fastest(2, as_shipped(dense[0]), ours[0])
+                rows.append(row(f"forward {name}, dense", base * 1e3, mine * 1e3, "ms", base / mine))
+                continue
+            works = [backward_of(*w) for w in (dense, ours)]
+            base, mine = seconds_of(T, as_shipped(works[0]), works[1])
+            rows.append(row(f"forward+backward {name}, dense", base * 1e3, mine * 1e3, "ms", base / mine))
+            base, = seconds_of(T, works[0])
+            rows.append(row(f"forward+backward {name}, dense by oneDNN", base * 1e3, mine * 1e3, "ms",
+                            base / mine))
+            base, peak = (peak_of(work) / 2**20 for work in works)
+            rows.append(row(f"forward+backward {name}, dense, peak", base, peak, "MiB", base / peak))
+            if T <= 2000 and density == 0.10:
+                work = backward_of(*loops)
+                base, = fastest(1, as_shipped(work))
+                rows.append(row(f"forward+backward {name}, loops", base * 1e3, mine * 1e3, "ms", base / mine))
+                base = peak_of(work) / 2**20
+                rows.append(row(f"forward+backward {name}, loops, peak", base, peak, "MiB", base / peak))
+    return rows + network_rows(run)
+
+
+def network_rows(run):
+    """CPU time an event of the network and of the fit; of a trained one (OUT of train_muon_dsa.py, out/muon)
+    the share of the attention that its blocks hold, against the best choice of as many keys for every
+    query."""
+    rng, rows = np.random.default_rng(0), []
+    made = [simulate_muons.event(rng, simulate_muons.NOMINAL) for _ in range(24)]
+    x = torch.from_numpy(np.stack([m[0] for m in made])).to(run.device)
+    best = Path(CHECKPOINT) / "best.pt"
+    model = train_muon_dsa.build(common.load(best)) if best.exists() else train_muon_dsa.make_model()
+    model = model.to(run.device).eval()
+    nominal = fit_muons.calibration_events()
+    calibration = [c.to(run.device) for c in
+                   fit_muons.calibrate(*nominal, torch.ones(nominal[0].shape[:2], dtype=torch.bool))]
+    works = (lambda: fit_muons.fit(x, calibration)), (lambda: model(x, train_muon_dsa.REFINE))
+    with torch.no_grad():
+        base, mine = (cpu_seconds(work) / len(x) * 1e3 for work in works)
+    rows.append(row("an event: fit, network", base, mine, "CPU ms", base / mine))
+    if best.exists():
+        for number, (held, ideal) in enumerate(mass_held(model, x)):
+            rows.append(row(f"layer {number}: attention of the best keys, of ours", ideal, held, "share",
+                            held / ideal))
+    return rows
+
+
+def cpu_seconds(work):
+    """Of the fastest of REPEAT, all threads together."""
+    work()
+    spent = []
+    for _ in range(REPEAT):
+        begin = time.process_time()
+        work()
+        spent.append(time.process_time() - begin)
+    return min(spent)
+
+
+@torch.no_grad()
+def mass_held(model, x):
+    """For each layer (share of the attention that the chosen blocks hold, share that as many keys, the best
+    for each query, would hold)."""
+    inputs, found = [], []
+    hooks = [layer.attention.register_forward_hook(lambda m, i, o: inputs.append((m, i)))
+             for layer in model.layers]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    for module, (h, real, N, *_) in inputs:
+        B, P, _ = h.shape
+        q, k, _ = module.qkv(h).view(B, P, 3, module.n_heads, -1).permute(2, 0, 3, 1, 4)
+        bias = module.importance(h).transpose(1, 2).masked_fill(~real[:, None], -math.inf)
+        chosen, gate, _ = module.choose(q, k, bias, real, N)
+        NI = chosen.shape[2]
+        held = ideal = 0.0
+        for b in range(B):
+            weights = (q[b] @ k[b].mT / math.sqrt(q.shape[-1]) + bias[b, :, None]).softmax(-1)    # (H, P, P)
+            kept = torch.zeros(*chosen[b].shape[:2], N, dtype=torch.bool)
+            kept = kept.scatter(2, chosen[b], gate[b] > -math.inf)
+            keys = kept.repeat_interleave(P // NI, 1).repeat_interleave(P // N, 2) & real[b]
+            seen = real[b].float()
+            held += float(((weights * keys).sum(-1) * seen).sum() / seen.sum() / len(weights))
+            order = weights.sort(-1, descending=True).values.cumsum(-1)
+            best = order.gather(-1, keys.sum(-1, keepdim=True).clamp(min=1) - 1)[..., 0]
+            ideal += float((best * seen).sum() / seen.sum() / len(weights))
+        found.append((held / B, ideal / B))
+    return found
+
+
+BENCHMARKS = (limits, train, memory, tokenize, startup, generate, learn, nsa, dsa)
 
 
 def main():

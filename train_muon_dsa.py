@@ -55,6 +55,7 @@ MIN_CONNECTIONS = 16  # keys that every query has at least
 REFINE = 4            # Gauss-Newton steps on the learned likelihood; 0 = the first answer is the answer
 MIXTURE = 3           # Gaussians of a hit's time
 HIT_DIM = 48          # width of the network that gives them
+INDEX_SPREAD = 0.03   # of the group index that the steps fit, too; 0 until a fifth of the updates is done
 CONTEXT = 16          # numbers by which the transformer describes the detector to it
 
 # Optimization
@@ -276,12 +277,12 @@ class HitTimes(nn.Module):
         self.second, self.last = nn.Linear(width, width), nn.Linear(width, 3 * n_mixture)
         nn.init.zeros_(self.last.weight)
         spread = torch.linspace(-3, 3, n_mixture)
-        self.last.bias.data = torch.cat([torch.zeros(n_mixture), spread, torch.full((n_mixture,), 1.0)])
+        self.last.bias.data = torch.cat([torch.zeros(n_mixture), spread, torch.zeros(n_mixture)])
 
     def forward(self, entry, exit, x, largest, context):
-        """(arrival + delays (B, T, M) in ns, log spreads, log shares, what the arrival gains (B, T, 2) by index 1
-        more inside and outside) of hits x (B, T, 5) of tracks with ends (B, T, 3); largest (B,) charge of the
-        event, context (B, C)."""
+        """(arrival + delays (B, T, M) in ns, log spreads, log shares, what the arrival gains (B, T) by
+        a group index 1 larger inside) of hits x (B, T, 5) of tracks with ends (B, T, 3); largest (B,) charge
+        of the event, context (B, C)."""
         arrival, geometry = fit_muons.first_light(entry, exit, x[..., :3])
         charge = x[..., 4].clamp(min=0.3).log()
         gap = (charge - largest[:, None].log()).clamp(min=-6)
@@ -289,8 +290,9 @@ class HitTimes(nn.Module):
                              (geometry[..., 0] >= 1).to(gap)], -1)
         h = F.silu(self.first(torch.cat([geometry, light], -1)) + self.context(context)[:, None])
         shares, delays, spreads = self.last(F.silu(self.second(h))).chunk(3, -1)
-        paths = geometry[..., 1:3] * (10 / simulate_muons.LIGHT)
-        return arrival[..., None] + delays, spreads.clamp(-1.5, 3.5), shares.log_softmax(-1), paths
+        inside = geometry[..., 1] * (10 / simulate_muons.LIGHT)
+        delays, spreads = 40 * (delays / 40).tanh(), 1 + 2.5 * (spreads / 2.5).tanh()   # e^-1.5 to e^3.5 ns
+        return arrival[..., None] + delays, spreads, shares.log_softmax(-1), inside
 
 
 def log_likelihood(times, centers, spreads, shares):
@@ -336,6 +338,7 @@ class MuonNet(nn.Module):
         self.blocks = 1 << max(0, round(math.log2(seq_len / 16)))      # of about 16 hits
         self.register_buffer("mean", torch.zeros(N_FEATURES))
         self.register_buffer("scale", torch.ones(N_FEATURES))
+        self.register_buffer("index_spread", torch.tensor(0.0))  # prior of the group index; 0: nominal
         self.input = nn.Linear(N_FEATURES, dim)
         self.layers = nn.ModuleList(Layer(dim, n_heads, hidden_dim, norm, min_connections)
                                     for _ in range(n_layers))
@@ -387,7 +390,8 @@ class MuonNet(nn.Module):
         out = {"context": context, "statistics": statistics, "ends": self.ends(answer) @ rotation}
         if refine:
             with torch.autocast(x.device.type, enabled=False):
-                order = index.gather(1, (index == x.shape[1]).sort(dim=1, stable=True).indices)[:, :x.shape[1]]
+                order = (index == x.shape[1]).sort(dim=1, stable=True).indices[:, :x.shape[1]]
+                order = index.gather(1, order)
                 some = F.pad(x, (0, 0, 0, 1))[row, order], F.pad(real, (0, 1))[row, order]
                 out["refined"] = self.refine(out["ends"], *some, first, context, refine, graph)
         return out
@@ -431,9 +435,9 @@ class MuonNet(nn.Module):
             entry, exit = wide[:, 0].contiguous(), wide[:, 1].contiguous()
             if not graph:
                 entry, exit = entry.detach().requires_grad_(), exit.detach().requires_grad_()
-            centers, spreads, shares, paths = self.hits(entry, exit, x, largest, context)
-            found = event_time(late, real, centers, spreads, shares, paths)
-            rest = remaining(late, found, paths)
+            centers, spreads, shares, inside = self.hits(entry, exit, x, largest, context)
+            found = event_time(late, real, centers, spreads, shares, inside, self.index_spread)
+            rest = remaining(late, found, inside)
             total, information, _ = log_likelihood(rest, centers, spreads, shares)
             gradient = torch.autograd.grad((total * real).sum(), (entry, exit), create_graph=graph,
                                            retain_graph=True)
@@ -442,47 +446,44 @@ class MuonNet(nn.Module):
         across = fit_muons.tangents(ends.detach() if not graph else ends)
         gradient, slopes = (torch.cat([g @ across[:, i].mT for i, g in enumerate(parts)], -1)
                             for parts in (gradient, slopes))                       # (B, T, 4)
-        slopes = torch.cat([slopes, torch.ones_like(slopes[..., :1]), paths], -1)   # and of time and indices
+        slopes = torch.cat([slopes, torch.ones_like(inside)[..., None], inside[..., None]], -1)
         weight = information * real
         if not graph:
             weight, slopes = weight.detach(), slopes.detach()
         normal = (slopes * weight[..., None]).mT @ slopes
-        prior = normal.new_tensor([0, 0, 0, 0, 0, INDEX_SPREAD ** -2, INDEX_SPREAD ** -2])
+        prior = F.pad(1 / self.index_spread.square().clamp(min=1e-12)[None], (5, 0))
         normal = normal + torch.diag_embed(1e-3 * normal.diagonal(dim1=1, dim2=2) + prior + 1e-6)
-        pull = F.pad(gradient.sum(1), (0, 3))            # the time and the indices are at their likeliest
+        pull = F.pad(gradient.sum(1), (0, 2))            # the time and the index are at their likeliest
         move = torch.linalg.solve(normal.double(), pull.double())[:, :4].to(ends)
         size = move.unflatten(-1, (2, 2)).norm(dim=-1).amax(1, keepdim=True)
         return fit_muons.move(ends, move * (3 / size.clamp(min=3)))
 
-    def set_density(self, density):
+    def schedule(self, density, index_spread):
+        """Set what changes during training and stays with the weights."""
+        self.index_spread.fill_(index_spread)
         for layer in self.layers:
             layer.attention.density.fill_(density)
 
 
-INDEX_SPREAD = 0.03  # of the group indices about the nominal ones, inside and outside
-
-
 @torch.no_grad()
-def event_time(late, real, centers, spreads, shares, paths):
-    """(B, 3): the time at which the muon entered, and how far the group indices inside and outside are from the
-    nominal ones: the likeliest, the indices with a Gaussian prior. late (B, T): the hits' times."""
-    columns = torch.cat([torch.ones_like(paths[..., :1]), paths], -1)
-    prior = late.new_tensor([0, INDEX_SPREAD ** -2, INDEX_SPREAD ** -2])
+def event_time(late, real, centers, spreads, shares, inside, index_spread):
+    """(B, 2): the time at which the muon entered, and how far the group index inside is from the nominal one:
+    the likeliest, the index with a Gaussian prior of this spread, 0: known. late (B, T): the hits' times."""
+    columns = torch.stack([torch.ones_like(inside), inside], -1)
+    prior = late.new_tensor([1e-6, 1 / max(1e-12, float(index_spread) ** 2)])
     left = torch.where(real, late - (shares.exp() * centers).sum(-1), math.nan)
-    found = F.pad(left.nanmedian(1).values[:, None], (0, 2))
+    found = F.pad(left.nanmedian(1).values[:, None], (0, 1))
     for _ in range(5):
-        rest = late - (columns @ found[..., None])[..., 0]
-        _, information, slope = log_likelihood(rest, centers, spreads, shares)
-        normal = (columns * (information * real)[..., None]).mT @ columns + torch.diag(prior + 1e-6)
+        _, information, slope = log_likelihood(remaining(late, found, inside), centers, spreads, shares)
+        normal = (columns * (information * real)[..., None]).mT @ columns + torch.diag(prior)
         pull = (columns * (slope * real)[..., None]).sum(1) - prior * found
-        move = torch.linalg.solve(normal.double(), pull.double()).to(late)
-        found = found + torch.cat([move[:, :1].clamp(-5, 5), move[:, 1:].clamp(-0.05, 0.05)], 1)
+        found = found + torch.linalg.solve(normal.double(), pull.double()).to(late).clamp(-10, 10)
     return found
 
 
-def remaining(late, found, paths):
+def remaining(late, found, inside):
     """Times (B, T) of hits less what event_time found."""
-    return late - found[:, :1] - (paths @ found[:, 1:, None])[..., 0]
+    return late - found[:, :1] - inside * found[:, 1:]
 
 
 def make_model():
@@ -541,9 +542,9 @@ def hits_loss(model, out, x, y):
     _, first = frames(x, real)
     late = (x[..., 3] - first[:, None]).clamp(-100, 600)
     entry, exit = (y[:, i, None].expand(-1, x.shape[1], -1) for i in (0, 1))
-    *parts, paths = model.hits(entry, exit, x, x[..., 4].amax(1), out["context"])
-    found = event_time(late, real, *(p.detach() for p in parts), paths)
-    total, *_ = log_likelihood(remaining(late, found, paths), *parts)
+    *parts, inside = model.hits(entry, exit, x, x[..., 4].amax(1), out["context"])
+    found = event_time(late, real, *(p.detach() for p in parts), inside, model.index_spread)
+    total, *_ = log_likelihood(remaining(late, found, inside), *parts)
     return -(total * real).sum(1) / real.sum(1)
 
 
@@ -893,7 +894,7 @@ def main():
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * common.lr_scale(step, STEPS, WARMUP, FLOOR, SCHEDULE)
-        model.set_density(density_at(step))
+        model.schedule(density_at(step), INDEX_SPREAD if step >= STEPS // 5 else 0.0)
         dsa_loss.density = density_at(step)
         watched.clear()
         done = common.update(run, net, optimizers, batches(step), loss_of, CLIP, step)

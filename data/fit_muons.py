@@ -126,8 +126,8 @@ def weighted_median(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def first_time(times: Tensor, real: Tensor, within: float = 6.0) -> Tensor:
-    """Time (B,) of the first light of events: the first of 1% of the hits, at least 5, within so many ns, which
-    noise hardly ever makes. times (B, T) in any order."""
+    """Time (B,) of the first light of events: the first of 1% of the hits, at least 5, within so many ns,
+    which noise hardly ever makes. times (B, T) in any order."""
     ordered = times.masked_fill(~real, math.inf).sort(1).values
     hits = (real.sum(1, keepdim=True) // 100).clamp(min=5)
     last = torch.arange(times.shape[1], device=times.device) + hits - 1
