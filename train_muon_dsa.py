@@ -34,7 +34,7 @@ DATA = ""             # shards, a glob; "" = data/muons/muons-*.pt, simulated if
 EVENTS = 4_000        # simulated where DATA is empty and nothing is there
 VALID_SHARE = 0.05    # of the events, by a hash of their hits: which file holds them does not matter
 TEST_SHARE = 0.05
-SEQ_LEN = 2_000       # hits an event at most; of more, the largest charges and every other one of the rest
+SEQ_LEN = 2_000       # hits an event at most; of more, half by charge, half of the rest evenly by time
 AUGMENT = True        # training events turned and mirrored at random
 TASK = "regression"   # entry and exit; "classification", "binary_classification": y_data (N,) are labels
 N_CLASSES = 2         # of "classification"
@@ -51,6 +51,7 @@ READOUT = "learned"   # attention of learned queries; "last": the last hit, as t
 OUTPUT = "points"     # two points made unit vectors; "raw": six numbers; "direction": entry and direction
 FRAME = "canonical"   # each event turned so that its first light is at +z; "detector"
 DENSITY = (0.10, 0.05)  # share of the connections that may stay, first and last update: half a cosine
+READ = 1_000          # of SEQ_LEN hits the transformer reads so many, evenly by time; the refinement all
 MIN_CONNECTIONS = 16  # keys that every query has at least
 REFINE = 4            # Gauss-Newton steps on the learned likelihood; 0 = the first answer is the answer
 MIXTURE = 3           # Gaussians of a hit's time
@@ -241,6 +242,14 @@ def frames(x, real):
     return torch.stack([across, torch.linalg.cross(z, across), z], 1), first
 
 
+def by_time(x):
+    """(hits (B, T, 5) in order of time, zeros where there is none, and which are real (B, T)), real ones first."""
+    real = x.isfinite().all(-1)
+    order = torch.where(real, x[..., 3], math.inf).sort(dim=1, stable=True).indices
+    x = torch.where(real[..., None], x, torch.zeros_like(x)).gather(1, order[..., None].expand_as(x))
+    return x, real.gather(1, order)
+
+
 class Layer(nn.Module):
     """Attention and MLP with residuals, norms before ("pre") or behind ("post") them."""
 
@@ -313,29 +322,14 @@ class MuonNet(nn.Module):
     """Hits (B, T, 5) → ends (B, 2, 3) in m, or logits: transformer with dynamic sparsity attention over hits
     in place order, learned readout, Gauss-Newton steps on the hits' likelihood."""
 
-    def __init__(
-        self,
-        task="regression",
-        n_outputs=6,
-        dim=48,
-        n_layers=2,
-        n_heads=6,
-        hidden_dim=192,
-        norm="pre",
-        readout="learned",
-        output="points",
-        frame="canonical",
-        min_connections=16,
-        dense=False,
-        context=16,
-        hit_dim=48,
-        n_mixture=3,
-        seq_len=2_000,
-    ):
+    def __init__(self, task="regression", n_outputs=6, dim=48, n_layers=2, n_heads=6, hidden_dim=192,
+                 norm="pre", readout="learned", output="points", frame="canonical", min_connections=16,
+                 dense=False, context=16, hit_dim=48, n_mixture=3, seq_len=2_000, read=1_000):
         super().__init__()
         self.sizes = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.task, self.readout, self.output, self.frame, self.dense = task, readout, output, frame, dense
-        self.blocks = 1 << max(0, round(math.log2(seq_len / 16)))      # of about 16 hits
+        self.every = max(1, seq_len // read)
+        self.blocks = 1 << max(0, round(math.log2(seq_len / self.every / 16)))      # of about 16 hits
         self.register_buffer("mean", torch.zeros(N_FEATURES))
         self.register_buffer("scale", torch.ones(N_FEATURES))
         self.register_buffer("index_spread", torch.tensor(0.0))  # prior of the group index; 0: nominal
@@ -367,34 +361,32 @@ class MuonNet(nn.Module):
     def forward(self, x, refine=0, graph=False):
         """x (B, T, 5), NaN rows no hits → {"ends": first answer (B, 2, 3), "refined" after `refine` steps,
         "context", "statistics": a dict a layer}, or {"logits", ...}."""
-        real = x.isfinite().all(-1)
-        x = torch.where(real[..., None], x, torch.zeros_like(x))
+        x, real = by_time(x)
         rotation, first = frames(x, real)
         if self.frame == "detector":
             rotation = torch.eye(3, device=x.device).expand_as(rotation)
-        features = (self.features(x, real, rotation, first) - self.mean) / self.scale
-        index = common.place_order(x[..., :3] @ rotation.mT, real, N := self.blocks)
-        row = torch.arange(len(x), device=x.device)[:, None]
-        features = F.pad(features, (0, 0, 0, 1))[row, index]
-        present = F.pad(real, (0, 1))[row, index]
-        h = self.input(features) * present[..., None]
+        h, present, features = self.tokens(x[:, ::self.every], real[:, ::self.every], rotation, first)
         statistics = []
         for layer in self.layers:
-            h, found = layer(h, present, N, self.dense)
+            h, found = layer(h, present, self.blocks, self.dense)
             statistics.append(found)
-        y = self.head(self.read(self.norm(h), present, features))
-        y = y.to(x.dtype)
+        y = self.head(self.read(self.norm(h), present, features)).to(x.dtype)
         if self.task != "regression":
             return {"logits": y[:, :-self.n_context], "statistics": statistics}
         answer, context = y[:, :6].unflatten(1, (2, 3)), y[:, 6:]
         out = {"context": context, "statistics": statistics, "ends": self.ends(answer) @ rotation}
         if refine:
             with torch.autocast(x.device.type, enabled=False):
-                order = (index == x.shape[1]).sort(dim=1, stable=True).indices[:, :x.shape[1]]
-                order = index.gather(1, order)
-                some = F.pad(x, (0, 0, 0, 1))[row, order], F.pad(real, (0, 1))[row, order]
-                out["refined"] = self.refine(out["ends"], *some, first, context, refine, graph)
+                out["refined"] = self.refine(out["ends"], x, real, first, context, refine, graph)
         return out
+
+    def tokens(self, x, real, rotation, first):
+        """(embedded hits (B, P, D) in place order, which are real (B, P), their features)."""
+        features = (self.features(x, real, rotation, first) - self.mean) / self.scale
+        index = common.place_order(x[..., :3] @ rotation.mT, real, self.blocks)
+        row = torch.arange(len(x), device=x.device)[:, None]
+        features, present = F.pad(features, (0, 0, 0, 1))[row, index], F.pad(real, (0, 1))[row, index]
+        return self.input(features) * present[..., None], present, features
 
     def read(self, h, real, features):
         """What is read out of the hits h (B, P, D): (B, pools × D)."""
@@ -416,12 +408,12 @@ class MuonNet(nn.Module):
         return torch.stack([entry, entry - 2 * (entry * way).sum(-1, keepdim=True) * way], 1) * RADIUS
 
     def refine(self, ends, x, real, first, context, steps, graph=False):
-        """Ends after Gauss-Newton steps on the likelihood of the times of hits x, in place order."""
+        """Ends after Gauss-Newton steps on the likelihood of the times of hits x, in order of time."""
         ends = fit_muons.on_sphere(ends)
         if not graph:
             ends, context = ends.detach(), context.detach()
         for step in range(steps):
-            every = 4 if step < steps - 2 else 1         # far from the answer, fewer hits do
+            every = 8 if step < steps - 2 else steps - step         # far from the answer, fewer hits do
             part = x[:, step % every::every]
             ends = self.step(ends, part, real[:, step % every::every], first, context,
                              x[..., 4].amax(1), graph)
@@ -490,7 +482,7 @@ def make_model():
     sizes = dict(task=TASK, n_outputs={"regression": 6, "classification": N_CLASSES}.get(TASK, 1), dim=DIM,
                  n_layers=N_LAYERS, n_heads=N_HEADS, hidden_dim=HIDDEN_DIM, norm=NORM, readout=READOUT,
                  output=OUTPUT, frame=FRAME, min_connections=MIN_CONNECTIONS, dense=ATTENTION == "dense",
-                 context=CONTEXT, hit_dim=HIT_DIM, n_mixture=MIXTURE, seq_len=SEQ_LEN)
+                 context=CONTEXT, hit_dim=HIT_DIM, n_mixture=MIXTURE, seq_len=SEQ_LEN, read=READ)
     if PRESET == "seed":
         sizes |= dict(dim=48, n_layers=4, n_heads=6, hidden_dim=192, norm="post")
     model = MuonNet(**sizes)
@@ -504,9 +496,7 @@ def make_model():
 
 def normalise(model, events, indices):
     """Mean and spread of the input features, of at most 500 training events."""
-    x, _ = events.batch(indices[:500], "cpu")
-    real = x.isfinite().all(-1)
-    x = torch.where(real[..., None], x, torch.zeros_like(x))
+    x, real = by_time(events.batch(indices[:500], "cpu")[0])
     rotation, first = frames(x, real)
     if FRAME == "detector":
         rotation = torch.eye(3).expand_as(rotation)
@@ -537,8 +527,7 @@ def distance(ends, y):
 
 def hits_loss(model, out, x, y):
     """Negative log-likelihood (B,) a hit of the true tracks."""
-    real = x.isfinite().all(-1)
-    x = torch.where(real[..., None], x, torch.zeros_like(x))
+    x, real = by_time(x)
     _, first = frames(x, real)
     late = (x[..., 3] - first[:, None]).clamp(-100, 600)
     entry, exit = (y[:, i, None].expand(-1, x.shape[1], -1) for i in (0, 1))
@@ -671,9 +660,9 @@ def plot_event(run, model, events, index, ends, out):
     points = axis.scatter(
         *onto(x[:, :3]), 2 + x[:, 4] / 150, x[:, 3].clamp(*np.quantile(x[:, 3], [0.02, 0.98]))
     )
-    axis.scatter(*onto(x[seen, :3]), 24, facecolors="none", edgecolors="orange", linewidths=0.7,
+    axis.scatter(*onto(seen), 24, facecolors="none", edgecolors="orange", linewidths=0.7,
                  label="chosen by the attention of the hits in red")
-    axis.scatter(*onto(x[queries, :3]), 8, color="red")
+    axis.scatter(*onto(queries), 8, color="red")
     for track, color, name in ((y, "black", "true"), (ends, "magenta", "reconstructed")):
         axis.plot(*onto(track[:1]), "v", color=color, label=f"{name} entry")
         axis.plot(*onto(track[1:]), "^", color=color, label=f"{name} exit")
@@ -687,36 +676,29 @@ def plot_event(run, model, events, index, ends, out):
 
 @torch.no_grad()
 def chosen_hits(model, x, place):
-    """Indices of the hits that the block of queries nearest to a place (3,) chose in the last layer, by any
-    head, and of those queries; x (1, T, 5)."""
-    attention, caught = model.layers[-1].attention, {}
-
-    def catch(module, inputs, output):
-        caught["inputs"] = inputs
-    handle = attention.register_forward_hook(catch)
+    """Places (n, 3) of the hits that the block of queries nearest to a place (3,) chose in the last layer, by
+    any head, and of those queries; x (1, T, 5)."""
+    attention, caught = model.layers[-1].attention, []
+    handle = attention.register_forward_hook(lambda module, inputs, output: caught.append(inputs))
     model(x)
     handle.remove()
-    h, present, N, *_ = caught["inputs"]
+    (h, present, N, *_), = caught
+    x, real = by_time(x)
+    rotation, first = frames(x, real)
+    if model.frame == "detector":
+        rotation = torch.eye(3, device=x.device)[None]
+    _, _, features = model.tokens(x[:, ::model.every], real[:, ::model.every], rotation, first)
+    places = (features * model.scale + model.mean)[0, :, :3] @ rotation[0] * simulate_muons.PMT_RADIUS
     B, P, _ = h.shape
     q, k, _ = attention.qkv(h).view(B, P, 3, attention.n_heads, -1).permute(2, 0, 3, 1, 4)
     bias = attention.importance(h).transpose(1, 2).masked_fill(~present[:, None], -math.inf)
     chosen, gate, _ = attention.choose(q, k, bias, present, N)
-    real = x.isfinite().all(-1)
-    rotation, _ = frames(torch.nan_to_num(x), real)
-    if model.frame == "detector":
-        rotation = torch.eye(3, device=x.device)[None]
-    index = common.place_order(torch.nan_to_num(x)[..., :3] @ rotation.mT, real, N)
-    near = (
-        (F.pad(torch.nan_to_num(x[0, :, :3]), (0, 0, 0, 1), value=1e6)[index[0]] - place)
-        .norm(dim=-1)
-        .argmin()
-    )
-    NI = chosen.shape[2]
-    block = int(near) // (P // NI)
-    blocks = chosen[0, :, block][gate[0, :, block] > -math.inf].unique()
-    hits = index[0].view(N, -1)[blocks].flatten()
-    queries = index[0].view(NI, -1)[block]
-    return hits[hits < x.shape[1]].cpu(), queries[queries < x.shape[1]].cpu()
+    size = P // chosen.shape[2]
+    near = torch.where(present[0], (places - place).norm(dim=-1), math.inf).argmin()
+    queries = slice(int(near) // size * size, (int(near) // size + 1) * size)
+    blocks = chosen[0, :, int(near) // size][gate[0, :, int(near) // size] > -math.inf].unique()
+    hits, seen = (t.view(N, P // N, -1)[blocks].flatten(0, 1) for t in (places, present[0]))
+    return hits[seen[:, 0]].cpu(), places[queries][present[0, queries]].cpu()
 
 
 def score():
