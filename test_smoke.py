@@ -1194,7 +1194,7 @@ def test_probes_are_known_from_far_back_and_nowhere_else(train_bytes, tmp_path, 
     rows, back = train_nsa_enwik8.probes(np.random.default_rng(0), 20)
     r, t = np.nonzero(back)
     assert (rows[r, t] == rows[r, t - abs(back[r, t])]).all() and {1, -1} <= set(np.sign(back[r, t]))
-    assert abs(back).max() > 300 and 0.02 < (back != 0).mean() < 0.25
+    assert abs(back).max() > 300 and 0.05 < (back != 0).mean() < 0.4
     found = train_bytes(PROBE=True, PROBE_SHARE=0.5, SEQ_LEN=128)
     kinds = json.loads((tmp_path / "run/probe.json").read_text())
     assert {"probe_copy", "probe_needle"} <= set(found) and (tmp_path / "run/probe.png").stat().st_size > 0

@@ -243,7 +243,7 @@ def frames(x, real):
 
 
 def by_time(x):
-    """(hits (B, T, 5) in order of time, zeros where there is none, and which are real (B, T)), real ones first."""
+    """Hits (B, T, 5) in order of time, zeros where there is none, and which are real (B, T): those first."""
     real = x.isfinite().all(-1)
     order = torch.where(real, x[..., 3], math.inf).sort(dim=1, stable=True).indices
     x = torch.where(real[..., None], x, torch.zeros_like(x)).gather(1, order[..., None].expand_as(x))

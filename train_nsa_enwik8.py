@@ -28,7 +28,7 @@ from data import prepare_enwik8
 DATA = ""             # a file; "" = data/enwik8/enwik8 if it is there, else Python's standard library as text
 SPLIT = (0.05, 0.05)  # shares of DATA for validation and test, from its end; whole numbers above 1 are bytes
 SEQ_LEN = 512         # bytes a row, and the model's context
-PROBE_SHARE = 0.0     # share of rows that are probes: random letters with copies and needles far apart
+PROBE_SHARE = 0.0     # share of rows that are probes: random bytes with copies and needles far apart
 
 # Model. Other presets:
 #   two CPU cores, an hour       DIM=256 N_LAYERS=6 N_HEADS=4 N_KV_HEADS=2 OPTIMIZER=muon LR=3e-3
@@ -133,14 +133,14 @@ def batch_of(rows, device):
 
 
 def probes(rng, count):
-    """Rows (count, SEQ_LEN + 1) of random letters, each fourth of whose places repeats an earlier stretch:
-    either a copy of 16 letters, or a needle, `#` with 4 letters of key and 8 of value. And how far back each
-    letter that can be known lies, negative for needles, 0 where it cannot: beyond a copy's first 4 letters
-    and a needle's key."""
-    rows, back = rng.integers(97, 123, (count, SEQ_LEN + 1)), np.zeros((count, SEQ_LEN + 1), np.int64)
+    """Rows (count, SEQ_LEN + 1) of random bytes of 200 kinds, many of whose places repeat an earlier stretch:
+    either a copy of 16 bytes, or a needle, `#` with 4 bytes of key and 8 of value. And how far back each
+    byte that can be known lies, negative for needles, 0 where it cannot: beyond a copy's first 4 bytes and a
+    needle's key."""
+    rows, back = rng.integers(56, 256, (count, SEQ_LEN + 1)), np.zeros((count, SEQ_LEN + 1), np.int64)
     for row, far in zip(rows, back, strict=True):
         free = np.ones(len(row), bool)
-        for _ in range(SEQ_LEN // 64):
+        for _ in range(SEQ_LEN // 32):
             distance = int(np.exp(rng.uniform(np.log(20), np.log(SEQ_LEN - 20))))
             at = int(rng.integers(0, SEQ_LEN + 1 - distance - 16))
             places = slice(at, at + 16), slice(at + distance, at + distance + 16)
@@ -171,7 +171,7 @@ def training_batches(data, step, run):
 
 @torch.no_grad()
 def probe(run, model):
-    """Share of known letters that the model ranks first, by distance: {"copy" or "needle": {distance:
+    """Share of known bytes that the model ranks first, by distance: {"copy" or "needle": {distance:
     share}}."""
     model.eval()
     rows, back = probes(np.random.default_rng((SEED, 0, 2)), 4 * max(16, 65_536 // SEQ_LEN))
@@ -202,9 +202,9 @@ def plot_probe(found):
     figure, axis = pyplot.subplots(figsize=(6, 3.8))
     for name, by_distance in found.items():
         axis.semilogx([int(d.split("-")[1]) for d in by_distance], by_distance.values(), "o-", label=name)
-    axis.axhline(1 / 26, color="gray", linestyle=":", label="guessing")
+    axis.axhline(1 / 200, color="gray", linestyle=":", label="guessing")
     axis.set(title=f"{ATTENTION} attention, window {WINDOW} × {N_LAYERS} layers", ylim=(0, 1),
-             xlabel="bytes back, up to", ylabel="share of letters right")
+             xlabel="bytes back, up to", ylabel="share of bytes right")
     axis.legend()
     figure.tight_layout()
     figure.savefig(Path(OUT) / "probe.png", dpi=110)
