@@ -1798,10 +1798,10 @@ def test_refinement_pulls_along_the_gradient_of_the_likelihood():
 
     def likelihood(ends):
         entry, exit = (ends[:, i, None].expand(-1, 400, -1) for i in (0, 1))
-        *parts, inside = model.hits(entry, exit, x, x[..., 4].amax(1), context)
-        found = train_muon_dsa.event_time(late, real, *parts, inside, 0.03)
-        rest = train_muon_dsa.remaining(late, found, inside)
-        prior = 0.5 * (found[:, 1] / 0.03).square()
+        *parts, gains = model.hits(entry, exit, x, x[..., 4].amax(1), context)
+        found = train_muon_dsa.event_time(late, real, *parts, gains, 0.03)
+        rest = train_muon_dsa.remaining(late, found, gains)
+        prior = 0.5 * (found[:, 1] / 0.03).square() + 0.5 * found[:, 2:].square().sum(1)
         return train_muon_dsa.log_likelihood(rest, *parts)[0].sum(1) - prior
     for _ in range(4):
         before = likelihood(ends)

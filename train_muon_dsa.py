@@ -56,7 +56,8 @@ MIN_CONNECTIONS = 16  # keys that every query has at least
 REFINE = 4            # Gauss-Newton steps on the learned likelihood; 0 = the first answer is the answer
 MIXTURE = 3           # Gaussians of a hit's time
 HIT_DIM = 48          # width of the network that gives them
-INDEX_SPREAD = 0.03   # of the group index that the steps fit, too; 0 until a fifth of the updates is done
+INDEX_SPREAD = 0.03   # of the group index that the steps fit, too, as they do
+MODES = 4             # learned ways in which detectors' times differ; both from a fifth of the updates on
 CONTEXT = 16          # numbers by which the transformer describes the detector to it
 
 # Optimization
@@ -280,28 +281,30 @@ class HitTimes(nn.Module):
     """The likelihood of the time of a hit, given a track: a mixture of Gaussians and 1% noise, from the
     geometry of the light that could come first, the charge, and the event's context."""
 
-    def __init__(self, context, width, n_mixture):
+    def __init__(self, context, width, n_mixture, n_modes):
         super().__init__()
         self.first, self.context = nn.Linear(13, width), nn.Linear(context, width, bias=False)
         self.second, self.last = nn.Linear(width, width), nn.Linear(width, 3 * n_mixture)
+        self.modes = nn.Linear(width, n_modes, bias=False)
         nn.init.zeros_(self.last.weight)
         spread = torch.linspace(-3, 3, n_mixture)
         self.last.bias.data = torch.cat([torch.zeros(n_mixture), spread, torch.zeros(n_mixture)])
 
     def forward(self, entry, exit, x, largest, context):
-        """(arrival + delays (B, T, M) in ns, log spreads, log shares, what the arrival gains (B, T) by
-        a group index 1 larger inside) of hits x (B, T, 5) of tracks with ends (B, T, 3); largest (B,) charge
-        of the event, context (B, C)."""
+        """(arrival + delays (B, T, M) in ns, log spreads, log shares, what the arrival gains
+        (B, T, 1 + modes) by a group index 1 larger inside, and by each mode) of hits x (B, T, 5) of tracks
+        with ends (B, T, 3); largest (B,) charge of the event, context (B, C)."""
         arrival, geometry = fit_muons.first_light(entry, exit, x[..., :3])
         charge = x[..., 4].clamp(min=0.3).log()
         gap = (charge - largest[:, None].log()).clamp(min=-6)
         light = torch.stack([charge / 3 - 2, gap / 3, (gap * 20).exp(), (geometry[..., 0] <= 0).to(gap),
                              (geometry[..., 0] >= 1).to(gap)], -1)
         h = F.silu(self.first(torch.cat([geometry, light], -1)) + self.context(context)[:, None])
-        shares, delays, spreads = self.last(F.silu(self.second(h))).chunk(3, -1)
-        inside = geometry[..., 1] * (10 / simulate_muons.LIGHT)
+        h = F.silu(self.second(h))
+        shares, delays, spreads = self.last(h).chunk(3, -1)
+        gains = torch.cat([geometry[..., 1:2] * (10 / simulate_muons.LIGHT), 2 * self.modes(h).tanh()], -1)
         delays, spreads = 40 * (delays / 40).tanh(), 1 + 2.5 * (spreads / 2.5).tanh()   # e^-1.5 to e^3.5 ns
-        return arrival[..., None] + delays, spreads, shares.log_softmax(-1), inside
+        return arrival[..., None] + delays, spreads, shares.log_softmax(-1), gains
 
 
 def log_likelihood(times, centers, spreads, shares):
@@ -324,7 +327,7 @@ class MuonNet(nn.Module):
 
     def __init__(self, task="regression", n_outputs=6, dim=48, n_layers=2, n_heads=6, hidden_dim=192,
                  norm="pre", readout="learned", output="points", frame="canonical", min_connections=16,
-                 dense=False, context=16, hit_dim=48, n_mixture=3, seq_len=2_000, read=1_000):
+                 dense=False, context=16, hit_dim=48, n_mixture=3, seq_len=2_000, read=1_000, n_modes=4):
         super().__init__()
         self.sizes = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.task, self.readout, self.output, self.frame, self.dense = task, readout, output, frame, dense
@@ -343,7 +346,7 @@ class MuonNet(nn.Module):
         self.head = nn.Sequential(
             nn.Linear(wide, 4 * dim), nn.GELU(), nn.Linear(4 * dim, n_outputs + context)
         )
-        self.hits = HitTimes(context, hit_dim, n_mixture)
+        self.hits = HitTimes(context, hit_dim, n_mixture, n_modes)
         self.n_context = context
         if task == "regression":                         # at first a track from the entry through the centre
             self.head[2].bias.data[:6] = torch.tensor([0, 0, 1.0, 0, 0, -1.0])
@@ -427,9 +430,9 @@ class MuonNet(nn.Module):
             entry, exit = wide[:, 0].contiguous(), wide[:, 1].contiguous()
             if not graph:
                 entry, exit = entry.detach().requires_grad_(), exit.detach().requires_grad_()
-            centers, spreads, shares, inside = self.hits(entry, exit, x, largest, context)
-            found = event_time(late, real, centers, spreads, shares, inside, self.index_spread)
-            rest = remaining(late, found, inside)
+            centers, spreads, shares, gains = self.hits(entry, exit, x, largest, context)
+            found = event_time(late, real, centers, spreads, shares, gains, self.index_spread)
+            rest = remaining(late, found, gains)
             total, information, _ = log_likelihood(rest, centers, spreads, shares)
             gradient = torch.autograd.grad((total * real).sum(), (entry, exit), create_graph=graph,
                                            retain_graph=True)
@@ -438,14 +441,15 @@ class MuonNet(nn.Module):
         across = fit_muons.tangents(ends.detach() if not graph else ends)
         gradient, slopes = (torch.cat([g @ across[:, i].mT for i, g in enumerate(parts)], -1)
                             for parts in (gradient, slopes))                       # (B, T, 4)
-        slopes = torch.cat([slopes, torch.ones_like(inside)[..., None], inside[..., None]], -1)
+        columns = torch.cat([torch.ones_like(gains[..., :1]), gains], -1)
+        slopes = torch.cat([slopes, columns], -1)
         weight = information * real
         if not graph:
             weight, slopes = weight.detach(), slopes.detach()
         normal = (slopes * weight[..., None]).mT @ slopes
-        prior = F.pad(1 / self.index_spread.square().clamp(min=1e-12)[None], (5, 0))
+        prior = F.pad(precision(self.index_spread, columns), (4, 0))
         normal = normal + torch.diag_embed(1e-3 * normal.diagonal(dim1=1, dim2=2) + prior + 1e-6)
-        pull = F.pad(gradient.sum(1), (0, 2))            # the time and the index are at their likeliest
+        pull = F.pad(gradient.sum(1), (0, columns.shape[-1]))        # the others are at their likeliest
         move = torch.linalg.solve(normal.double(), pull.double())[:, :4].to(ends)
         size = move.unflatten(-1, (2, 2)).norm(dim=-1).amax(1, keepdim=True)
         return fit_muons.move(ends, move * (3 / size.clamp(min=3)))
@@ -458,31 +462,40 @@ class MuonNet(nn.Module):
 
 
 @torch.no_grad()
-def event_time(late, real, centers, spreads, shares, inside, index_spread):
-    """(B, 2): the time at which the muon entered, and how far the group index inside is from the nominal one:
-    the likeliest, the index with a Gaussian prior of this spread, 0: known. late (B, T): the hits' times."""
-    columns = torch.stack([torch.ones_like(inside), inside], -1)
-    prior = late.new_tensor([1e-6, 1 / max(1e-12, float(index_spread) ** 2)])
+def event_time(late, real, centers, spreads, shares, gains, index_spread):
+    """(B, 2 + modes): the time at which the muon entered, how far the group index inside is from the nominal
+    one, and how much of each mode: the likeliest with Gaussian priors, of index_spread (0: none of these) and
+    1. late (B, T): the hits' times."""
+    columns = torch.cat([torch.ones_like(gains[..., :1]), gains], -1)
+    prior = precision(index_spread, columns)
     left = torch.where(real, late - (shares.exp() * centers).sum(-1), math.nan)
-    found = F.pad(left.nanmedian(1).values[:, None], (0, 1))
+    found = F.pad(left.nanmedian(1).values[:, None], (0, gains.shape[-1]))
     for _ in range(5):
-        _, information, slope = log_likelihood(remaining(late, found, inside), centers, spreads, shares)
+        _, information, slope = log_likelihood(remaining(late, found, gains), centers, spreads, shares)
         normal = (columns * (information * real)[..., None]).mT @ columns + torch.diag(prior)
         pull = (columns * (slope * real)[..., None]).sum(1) - prior * found
         found = found + torch.linalg.solve(normal.double(), pull.double()).to(late).clamp(-10, 10)
     return found
 
 
-def remaining(late, found, inside):
+def precision(index_spread, columns):
+    """Of the priors of what event_time finds."""
+    known = float(index_spread) == 0
+    index, mode = (1e12, 1e12) if known else (1 / float(index_spread) ** 2, 1.0)
+    return columns.new_tensor([1e-6, index, *[mode] * (columns.shape[-1] - 2)])
+
+
+def remaining(late, found, gains):
     """Times (B, T) of hits less what event_time found."""
-    return late - found[:, :1] - inside * found[:, 1:]
+    return late - found[:, :1] - (gains @ found[:, 1:, None])[..., 0]
 
 
 def make_model():
     sizes = dict(task=TASK, n_outputs={"regression": 6, "classification": N_CLASSES}.get(TASK, 1), dim=DIM,
                  n_layers=N_LAYERS, n_heads=N_HEADS, hidden_dim=HIDDEN_DIM, norm=NORM, readout=READOUT,
                  output=OUTPUT, frame=FRAME, min_connections=MIN_CONNECTIONS, dense=ATTENTION == "dense",
-                 context=CONTEXT, hit_dim=HIT_DIM, n_mixture=MIXTURE, seq_len=SEQ_LEN, read=READ)
+                 context=CONTEXT, hit_dim=HIT_DIM, n_mixture=MIXTURE, seq_len=SEQ_LEN, read=READ,
+                 n_modes=MODES)
     if PRESET == "seed":
         sizes |= dict(dim=48, n_layers=4, n_heads=6, hidden_dim=192, norm="post")
     model = MuonNet(**sizes)
@@ -526,15 +539,21 @@ def distance(ends, y):
 
 
 def hits_loss(model, out, x, y):
-    """Negative log-likelihood (B,) a hit of the true tracks."""
+    """Negative log-likelihood (B,) a hit of the true tracks, what event_time finds integrated out."""
     x, real = by_time(x)
     _, first = frames(x, real)
     late = (x[..., 3] - first[:, None]).clamp(-100, 600)
     entry, exit = (y[:, i, None].expand(-1, x.shape[1], -1) for i in (0, 1))
-    *parts, inside = model.hits(entry, exit, x, x[..., 4].amax(1), out["context"])
-    found = event_time(late, real, *(p.detach() for p in parts), inside, model.index_spread)
-    total, *_ = log_likelihood(remaining(late, found, inside), *parts)
-    return -(total * real).sum(1) / real.sum(1)
+    *parts, gains = model.hits(entry, exit, x, x[..., 4].amax(1), out["context"])
+    found = event_time(late, real, *(p.detach() for p in parts), gains.detach(), model.index_spread)
+    total, information, _ = log_likelihood(remaining(late, found, gains), *parts)
+    if model.index_spread > 0:                           # Laplace: modes no larger than detectors differ
+        modes, weight = gains[..., 1:], (information * real).detach()
+        volume = (modes * weight[..., None]).mT @ modes + torch.eye(modes.shape[-1], device=x.device)
+        spare = 0.5 * torch.logdet(volume) + 0.5 * found[:, 2:].square().sum(1)
+    else:
+        spare = 0 * gains.sum((1, 2))
+    return (spare - (total * real).sum(1)) / real.sum(1)
 
 
 @torch.no_grad()
