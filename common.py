@@ -2147,31 +2147,31 @@ class NativeSparseAttention(Attention):
 # 7.4 Dynamic sparsity attention: sets of points, ordered so that neighbours share a block.
 
 def place_order(points: Tensor, real: Tensor, N: int) -> Tensor:
-    """Index (B, N L) of points (B, T, 3), real (B, T), T where there is none: the N leaves (a power of two)
+    """Index (B, N L) of points (B, T, D), real (B, T), T where there is none: the N leaves (a power of two)
     of a balanced k-d tree, one after the other, L = ⌈T / N⌉ slots each. Neighbours share a leaf, and leaves
     that are neighbours in the order lie near. Order and padding of the points change nothing but among equal
     ones.
     """
-    B, T, _ = points.shape
+    B, T, D = points.shape
     index = torch.arange(T, device=points.device).expand(B, T)
     node = torch.where(real, 0, N)                                     # what is not real: behind all others
     count = real.sum(1, keepdim=True)                                  # of each node
     for level in range(N.bit_length() - 1):
         nodes = 1 << level
-        slot = node.clamp(max=nodes)[..., None].expand(-1, -1, 3)
-        low, high = (points.new_full((B, nodes + 1, 3), sign * math.inf).scatter_reduce(1, slot, points, how)
+        slot = node.clamp(max=nodes)[..., None].expand(-1, -1, D)
+        low, high = (points.new_full((B, nodes + 1, D), sign * math.inf).scatter_reduce(1, slot, points, how)
                      for sign, how in ((1, "amin"), (-1, "amax")))
         extent = (high - low)[:, :nodes].nan_to_num(-1, -1, -1)
         widest, axis = extent.max(-1, keepdim=True)
         axis, widest, low = (F.pad(x, (0, 0, 0, 1), value=1) for x in
                              (axis, widest.clamp(min=1e-6), low[:, :nodes].gather(2, axis)))
         at = node.clamp(max=nodes)[..., None]
-        key = points.gather(2, axis.clamp(max=2).gather(1, at)).double() - low.gather(1, at)
+        key = points.gather(2, axis.clamp(max=D - 1).gather(1, at)).double() - low.gather(1, at)
         key = node + 0.9 * (key / widest.gather(1, at)).clamp(0, 1)[..., 0]  # sorted by node, then by place
         key = torch.where(node < nodes, key, math.inf)
         order = key.sort(dim=1, stable=True).indices
         index, node = index.gather(1, order), node.gather(1, order)
-        points = points.gather(1, order[..., None].expand(-1, -1, 3))
+        points = points.gather(1, order[..., None].expand(-1, -1, D))
         rank = torch.arange(T, device=node.device) - F.pad(count.cumsum(1) - count, (0, 1)).gather(
             1, node.clamp(max=nodes))
         left = (count + 1) // 2

@@ -55,13 +55,13 @@ READ = 1_000          # of SEQ_LEN hits the transformer reads so many, evenly by
 MIN_CONNECTIONS = 16  # keys that every query has at least
 REFINE = 4            # Gauss-Newton steps on the learned likelihood; 0 = the first answer is the answer
 MIXTURE = 3           # Gaussians of a hit's time
-HIT_DIM = 48          # width of the network that gives them
+HIT_DIM = 64          # width of the network that gives them
 INDEX_SPREAD = 0.03   # of the group index that the steps fit, too, as they do
-MODES = 4             # learned ways in which detectors' times differ; both from a fifth of the updates on
+MODES = 6             # learned ways in which detectors' times differ; both from a fifth of the updates on
 CONTEXT = 16          # numbers by which the transformer describes the detector to it
 
 # Optimization
-STEPS = 3_000         # updates
+STEPS = 4_000         # updates; more keep helping
 BATCH = 16            # events per update, over all processes
 MICRO_BATCH = 8       # events per forward and process
 OPTIMIZER = "adamw"   # "muon" for the hidden matrices, "adam"
@@ -656,7 +656,8 @@ def plot_results(ends, truth, out):
                 if points:
                     axis.plot(*zip(*points, strict=True), style, label=f"{names[key]}, {share:.0%}")
         axis.set(xlabel="closest approach to the centre [m]", yscale="log")
-        axis.legend()
+        axis.legend(fontsize=7, framealpha=0.5)
+        axis.grid(alpha=0.3, which="both")
     figure.tight_layout()
     figure.savefig(Path(out) / "resolution.png", dpi=110)
     pyplot.close(figure)
@@ -686,7 +687,7 @@ def plot_event(run, model, events, index, ends, out):
         axis.plot(*onto(track[:1]), "v", color=color, label=f"{name} entry")
         axis.plot(*onto(track[1:]), "^", color=color, label=f"{name} exit")
     axis.set(xlabel="azimuth [rad]", ylabel="cos(polar angle)")
-    axis.legend(loc="upper right", fontsize=7)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=3, fontsize=7)
     figure.colorbar(points, label="time of the first hit [ns]")
     figure.tight_layout()
     figure.savefig(Path(out) / "event.png", dpi=110)
@@ -895,7 +896,7 @@ def main():
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * common.lr_scale(step, STEPS, WARMUP, FLOOR, SCHEDULE)
-        model.schedule(density_at(step), INDEX_SPREAD if step >= STEPS // 5 else 0.0)
+        model.schedule(density_at(step), INDEX_SPREAD if INIT or step >= STEPS // 5 else 0.0)
         dsa_loss.density = density_at(step)
         watched.clear()
         done = common.update(run, net, optimizers, batches(step), loss_of, CLIP, step)
