@@ -31,8 +31,10 @@ import serve
 import train_muon_dsa
 import train_nsa_enwik8
 import train_pretrain
+import train_sft
 from data import (
     fit_muons,
+    prepare_chats,
     prepare_enwik8,
     prepare_python_docs,
     prepare_text,
@@ -45,7 +47,8 @@ os.environ["OMP_NUM_THREADS"] = "1"          # in the processes started here too
 ROOT = Path(__file__).parent
 SCRIPTS = ["train_pretrain.py", "train_nsa_enwik8.py", "serve.py", "bench.py", "data/prepare_text.py",
            "data/prepare_tokenizer.py", "data/prepare_python_docs.py", "data/prepare_enwik8.py",
-           "data/simulate_muons.py", "data/fit_muons.py", "train_muon_dsa.py"]
+           "data/simulate_muons.py", "data/fit_muons.py", "train_muon_dsa.py",
+           "data/prepare_chats.py", "train_sft.py"]
 TINY = dict(
     DIM=32,
     N_LAYERS=2,
@@ -2055,6 +2058,159 @@ def test_muon_constants_that_do_not_fit_are_one_sentence(train_muons, constants,
     with pytest.raises(common.BadInput) as error:
         train_muons(**constants)
     assert message in str(error.value)
+
+
+# Chat: supervised fine-tuning.
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory):
+    """A JSONL of 300 conversations of one to three questions with exact answers, from a small grammar."""
+    rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    colours, things = ("red", "green", "blue", "grey"), ("box", "ball", "cup", "hat", "pen")
+    with open(path, "w") as file:
+        for i in range(300):
+            turns = [{"role": "system", "content": "Be brief."}] if i % 7 == 0 else []
+            for _ in range(rng.integers(1, 4)):
+                a, b = colours[rng.integers(4)], things[rng.integers(5)]
+                turns += [{"role": "user", "content": f"{i}: say {b} {a}"},
+                          {"role": "assistant", "content": f"{a} {b}"}]
+            file.write(json.dumps({"conversations": turns, "task": "colour"}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def base(tokens, tmp_path_factory):
+    """A pretrained folder, hardly trained."""
+    out = tmp_path_factory.mktemp("base") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**TINY, "DATA": str(tokens), "OUT": str(out), "STEPS": 4}.items():
+            patch.setattr(train_pretrain, name, value)
+        train_pretrain.main()
+    return out
+
+
+@pytest.fixture
+def train_chat(train, chats, base):
+    """Run train_sft.main() on the small conversations."""
+    tiny = dict(DATA=str(chats), INIT=str(base), VALID_SHARE=0.1, SEQ_LEN=0)
+    return lambda **constants: train(train_sft, **{**tiny, **constants})
+
+
+def test_fine_tuning_learns_the_answers(train_chat, chats, tmp_path, monkeypatch):
+    found = train_chat(STEPS=150, LR=1e-2, MUON_LR=0.03, SEQ_LEN=128)
+    first = common.read_metrics(tmp_path / "run")[0]
+    assert found["nats_per_answer_token"] < 0.3 * first["valid_nats_per_answer_token"]
+    assert found["exact_match"] > 0.5 and found["exact_of"] > 10          # guessing: 1 of 20
+    assert json.loads((tmp_path / "run/config.json").read_text())["sizes"]["seq_len"] == 128
+    scored = train_chat(EVAL=str(chats))
+    assert scored["exact_match"] > 0.5 and json.loads((tmp_path / "run/eval.json").read_text()) == scored
+    questions, answers = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    questions.write_text('{"messages": [{"role": "user", "content": "5: say hat blue"}]}\n')
+    for name, value in dict(CHECKPOINT=str(tmp_path / "run"), PROMPTS=str(questions), ANSWERS=str(answers),
+                            DTYPE="float32", MAX_TOKENS=8).items():
+        monkeypatch.setattr(serve, name, value)
+    serve.main()
+    answer = json.loads(answers.read_text())["answer"].split()
+    assert len(answer) == 2 and answer[0] in ("red", "green", "blue", "grey")
+
+
+def test_prompt_tokens_get_no_gradient_and_packed_equals_unpacked(chats, tokenizer, tokens, tmp_path):
+    folder = prepare_chats.prepare(chats, tokens / "tokenizer.json", 128, 0.1)
+    packed = prepare_chats.Chats(folder, "train", 128)
+    model = tiny_lm(vocab_size=tokenizer.get_vocab_size())
+    documents = packed.documents(0) + packed.documents(1)
+    batch = common.collate([packed.documents(0), packed.documents(1)], 128)
+    ids, docs, targets = batch
+    assert (docs >= 0).sum() == sum(len(t) - 1 for t, _ in documents)
+    assert (targets != common.IGNORE).sum() == sum(int(m[1:].sum()) for _, m in documents)
+    loss, count, _ = model(*batch)
+    hidden = model.hidden(ids, docs)[0].detach().requires_grad_()
+    nats, _ = common.linear_cross_entropy(hidden, model.head_weight, targets)
+    nats.backward()
+    assert (
+        not hidden.grad[targets == common.IGNORE].any()
+        and hidden.grad[targets != common.IGNORE].any(-1).all()
+    )
+    whole = torch.autograd.grad(loss, list(model.parameters()))
+    alone = [model(*common.collate([[d]], 128)) for d in documents]
+    close(sum(x[0] for x in alone), loss, 1e-9)
+    assert sum(int(x[1]) for x in alone) == int(count)
+    for a, b in zip(
+        torch.autograd.grad(sum(x[0] for x in alone), list(model.parameters())), whole, strict=True
+    ):
+        close(a, b, 1e-8)
+
+
+def test_long_conversations_lose_their_oldest_turns_never_their_mask(tokenizer):
+    turns = [{"role": "system", "content": "Be kind."}]
+    for i in range(9):
+        turns += [
+            {"role": "user", "content": f"question {i}"},
+            {"role": "assistant", "content": f"answer {i}"},
+        ]
+    whole, _ = common.render_chat(tokenizer, turns)
+    for room in range(20, len(whole) + 1, 7):
+        ids, mask, lost = prepare_chats.fit(tokenizer, turns, room)
+        if ids:
+            left = turns[:1] + turns[1 + lost:]
+            assert (ids, mask) == common.render_chat(tokenizer, left) and len(ids) <= room and any(mask)
+            assert left[1]["role"] == "user" and left[-1] == turns[-1]
+    assert prepare_chats.fit(tokenizer, turns, len(whole))[2] == 0
+    assert prepare_chats.fit(tokenizer, turns, 5)[0] == []
+
+
+def test_unusable_conversations_are_counted_named_and_left_out(chats, tokens, tmp_path, capsys):
+    rows = [
+        '{"conversations": []}',
+        '{"conversations": [{"role": "user", "content": "hi"}]}',
+        "{",
+        '{"text": 1}',
+        '{"conversations": [{"role": "robot", "content": "x"}]}',
+        '{"conversations": ["hi"]}',
+        '{"conversations": [{"role": "user", "content": "' + "long " * 4000 + '"}, '
+        '{"role": "assistant", "content": "x"}]}',
+        '{"conversations": [{"role": "assistant", "content": ""}]}',
+    ]
+    path = tmp_path / "some.jsonl"
+    path.write_text("\n".join(rows) + "\n" + chats.read_text())
+    folder = prepare_chats.prepare(path, tokens / "tokenizer.json", 128, 0.1)
+    named = (folder / "bad_rows.txt").read_text()
+    for line, why in (
+        (1, "an empty conversation"),
+        (2, "the assistant says nothing"),
+        (3, "not JSON"),
+        (4, 'no "conversations" list'),
+        (5, "a message needs a role"),
+        (6, "a turn that is no role"),
+        (7, "its last question and answer do not fit into SEQ_LEN 128"),
+    ):
+        assert f"some.jsonl:{line}: {why}" in named, named
+    assert json.loads((folder / "meta.json").read_text())["bad_rows"] == 7
+    assert "7 rows left out" in capsys.readouterr().out  # the last: "" and its </s> are fine
+    path.write_text(rows[0])
+    with pytest.raises(common.BadInput, match="0 usable conversations: too few; first problem: some.jsonl:1"):
+        prepare_chats.prepare(path, tokens / "tokenizer.json", 128, 0.1)
+
+
+def test_interrupted_and_two_rank_fine_tuning_equal_the_uninterrupted(train_chat, tmp_path):
+    adamw = dict(OPTIMIZER="adamw", DTYPE="float32", EXACT_ROWS=20)
+    train_chat(OUT=str(tmp_path / "whole"), **adamw)
+    with pytest.raises(SystemExit):
+        interrupted(train_chat, 6, **adamw)
+    train_chat(**adamw)
+    same_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+    constants = common.load(tmp_path / "whole/checkpoint.pt")["constants"] | {"OUT": str(tmp_path / "two")}
+    finish(launch("train_sft.py", *(f"{k}={v}" for k, v in constants.items()), ranks=2))
+    same_weights(weights(tmp_path / "two"), weights(tmp_path / "whole"), 2e-5)
+
+
+def test_a_batch_can_be_looked_at(train_chat, tmp_path, capsys):
+    train_chat(SHOW_BATCH=True)
+    shown = capsys.readouterr().out.splitlines()
+    supervised = [line for line in shown if " loss " in line]
+    assert any("'</s>'" in line for line in supervised) and any("'<s>'" in line for line in shown)
+    assert 0 < len(supervised) < len(shown) and not (tmp_path / "run").exists()
 
 
 def test_bench_twin_is_the_same_model(tokens):

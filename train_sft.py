@@ -1,0 +1,274 @@
+"""Teach a pretrained language model to chat: supervised fine-tuning on conversations.
+
+The loss counts what the assistant says and its </s>, nothing else; the mask is made while the conversation is
+rendered. Conversations are packed whole into rows, none seeing its neighbour. Sizes and tokenizer come from
+the checkpoint that it starts from.
+
+    python train_sft.py                                            questions on Python's documentation
+    python train_sft.py DATA=chats.jsonl.gz INIT=out/mine OUT=out/chat
+    torchrun --nproc_per_node 4 train_sft.py DATA=chats.jsonl.gz INIT=out/mine
+    python train_sft.py EVAL=unseen.jsonl.gz OUT=out/chat          nats per answer token, exact matches
+    python serve.py CHECKPOINT=out/chat PROMPTS=prompts.jsonl
+"""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import torch
+
+import common
+from data import prepare_chats, prepare_python_docs
+
+# Data
+DATA = ""             # .jsonl(.gz) of {"conversations": [{"role", "content"}]}; "" = Python's documentation
+VALID = ""            # a file of held-out conversations; "" = a share of DATA
+VALID_SHARE = 0.02    # share of DATA held out when VALID is empty, by a hash of the first question
+SEQ_LEN = 0           # tokens a row; 0 = the checkpoint's context
+EXACT_ROWS = 200      # held-out conversations whose last answer is generated and compared; 0 = none
+EXACT_TOKENS = 48     # compared are answers up to this length
+
+# Model
+INIT = "out/pretrain"  # folder of the pretrained checkpoint
+DROPOUT = 0.0         # probability
+
+# Optimization
+STEPS = 300           # updates
+BATCH = 16            # rows per update, over all processes
+MICRO_BATCH = 8       # rows per forward and process
+OPTIMIZER = "muon"    # "muon" for the hidden matrices with AdamW for the rest, "adamw" for all
+LR = 1e-3             # peak of AdamW
+MUON_LR = 5e-3        # peak of Muon
+WEIGHT_DECAY = 0.0    # of matrices, times the learning rate
+WARMUP = 20           # updates
+SCHEDULE = "cosine"   # or "wsd": warm-up, stable, linear decay over the last 30%
+FLOOR = 0.0           # last learning rate as a fraction of the peak
+CLIP = 1.0            # largest gradient norm; 0 = never clip
+AUX_LOSS_ALPHA = 0.1  # weight of the experts' balance loss
+PATIENCE = 0          # validations without a better one before it stops; 0 = never
+MAX_BAD_STEPS = 10    # updates in a row whose loss or gradient is not finite before it stops
+
+# Run
+SEED = 0
+DTYPE = "auto"        # bfloat16 where the device has it and it is faster, else float32
+COMPILE = "auto"      # "yes", "no"; "auto" = from 200 updates on, where there is a C++ compiler
+OUT = "out/sft"
+RESUME = True         # go on with an unfinished run of the same command in OUT
+LOG_EVERY = 10        # updates
+EVAL_EVERY = 50       # updates; 0 = at the end only
+EVAL_ROWS = 64        # rows of held-out conversations a validation reads; 0 = all (the last one always does)
+SAVE_EVERY = 50       # updates; 0 = at the end only
+SHOW_BATCH = False    # print the first row as a table of token, supervised, conversation, and stop
+WANDB = "disabled"    # "offline", "online"
+EVAL = ""             # a file to score with the best checkpoint in OUT instead of training
+
+
+@torch.no_grad()
+def evaluate(run, model, chats, limit=0):
+    """Nats per answer token of held-out rows (the first `limit`, 0 = all), over all processes."""
+    model.eval()
+    totals = [0.0, 0]
+    rows = range(run.rank, min(limit or chats.count, chats.count), run.world)
+    for batch in chats.batches(rows, MICRO_BATCH, run.device):
+        with run.autocast():
+            loss, count, _ = model(*batch)
+        totals = [totals[0] + float(loss), totals[1] + int(count)]
+    model.train()
+    nats, tokens = run.sum(*totals)
+    return {"nats_per_answer_token": nats / max(1, tokens), "answer_tokens": int(tokens)}
+
+
+def exact_match(run, model, tokenizer, conversations):
+    """Share of conversations (lists of turns) whose last answer the model gives to the letter, greedily."""
+    table, asked = common.token_bytes(tokenizer), []
+    for turns in conversations:
+        answer = common.encode(tokenizer, turns[-1]["content"])
+        prompt = common.render_chat(tokenizer, turns[:-1], reply=True)[0]
+        if turns[-1]["role"] == "assistant" and len(answer) <= EXACT_TOKENS and \
+                len(prompt) + EXACT_TOKENS < model.context:
+            asked.append((prompt, turns[-1]["content"].strip()))
+    asked = sorted(asked, key=lambda row: len(row[0]))[run.rank::run.world]
+    model.eval()
+    right = 0
+    for at in range(0, len(asked), 16):
+        part = asked[at:at + 16]
+        answers = [""] * len(part)
+        for row, piece in common.stream(
+            model, table, [p for p, _ in part], EXACT_TOKENS + 1, temperature=0.0
+        ):
+            answers[row] += piece
+        right += sum(a.strip() == wanted for a, (_, wanted) in zip(answers, part, strict=True))
+    model.train()
+    right, asked = run.sum(right, len(asked))
+    return {"exact_match": right / asked, "exact_of": int(asked)} if asked else {}
+
+
+def conversations_of(path, limit):
+    """The first conversations of a file."""
+    bad, found = prepare_chats.prepare_text.BadRows(), []
+    for row, _ in prepare_chats.rows(path, bad):
+        if limit and len(found) == limit:
+            break
+        if row["conversations"] and all(isinstance(t, dict) and isinstance(t.get("content"), str)
+                                        for t in row["conversations"]):
+            found.append(row["conversations"])
+    return found
+
+
+def show(tokenizer, chats):
+    """Print the first row: token, whether it is supervised, conversation."""
+    for number, (tokens, mask) in enumerate(chats.documents(0)):
+        for token, supervised in zip(tokens.tolist(), mask.tolist(), strict=True):
+            text = common.SPECIAL[token] if token < len(common.SPECIAL) else tokenizer.decode([token])
+            print(f"{number:4}  {'loss' if supervised else '':4}  {token:6}  {text!r}")
+
+
+def chat_files(run, path, tokenizer, seq_len, share):
+    """The folder of token files of `path`; made by one process a machine, while the others wait."""
+    folder = prepare_chats.prepare(path, tokenizer, seq_len, share) if run.local_rank == 0 else None
+    run.wait()
+    return folder or prepare_chats.prepare(path, tokenizer, seq_len, share)
+
+
+def score():
+    """EVAL: nats per answer token and exact matches of the best checkpoint in OUT on unseen conversations."""
+    run = common.start(SEED, DTYPE)
+    model = common.build(common.load(common.newest_checkpoint(OUT))).to(run.device)
+    tokenizer = Path(OUT) / "tokenizer.json"
+    folder = chat_files(run, EVAL, tokenizer, model.sizes["seq_len"], 1.0)
+    found = evaluate(run, model, prepare_chats.Chats(folder, "valid", model.sizes["seq_len"]))
+    with run.autocast():
+        found |= exact_match(run, model, common.load_tokenizer(tokenizer), conversations_of(EVAL, EXACT_ROWS))
+    found["bad_rows"] = json.loads((folder / "meta.json").read_text())["bad_rows"]
+    common.write_result(run, OUT, found)
+    run.say(f"{EVAL}: " + common.line_of(None, found))
+    common.stop(run)
+    return found
+
+
+def main():
+    if EVAL:
+        return score()
+    run = common.start(SEED, DTYPE)
+    common.divisible(MICRO_BATCH=(MICRO_BATCH, 1), STEPS=(STEPS, 1), BATCH=(BATCH, run.world))
+    common.within(0, math.inf, SEQ_LEN=SEQ_LEN, EXACT_ROWS=EXACT_ROWS, EXACT_TOKENS=EXACT_TOKENS, LR=LR,
+                  MUON_LR=MUON_LR, WEIGHT_DECAY=WEIGHT_DECAY, WARMUP=WARMUP, CLIP=CLIP, PATIENCE=PATIENCE,
+                  AUX_LOSS_ALPHA=AUX_LOSS_ALPHA, LOG_EVERY=LOG_EVERY, EVAL_EVERY=EVAL_EVERY,
+                  EVAL_ROWS=EVAL_ROWS, SAVE_EVERY=SAVE_EVERY)
+    common.within(0, 1, FLOOR=FLOOR, VALID_SHARE=VALID_SHARE)
+    common.within(0, 0.99, DROPOUT=DROPOUT)
+    common.within(1, math.inf, MAX_BAD_STEPS=MAX_BAD_STEPS)
+    init = common.load(common.newest_checkpoint(INIT))
+    home = common.newest_checkpoint(INIT).parent
+    tokenizer = common.load_tokenizer(home / "tokenizer.json")
+    if init["sizes"].get("vocab_size") != tokenizer.get_vocab_size():
+        raise common.BadInput(f"INIT {INIT} has {init['sizes'].get('vocab_size')} tokens, its tokenizer "
+                              f"{tokenizer.get_vocab_size()}")
+    seq_len = SEQ_LEN or init["sizes"]["seq_len"]
+
+    path = DATA
+    if not path:
+        if run.local_rank == 0:
+            run.say("DATA is empty: asking about Python's own documentation; for your conversations: "
+                    "DATA=chats.jsonl.gz (data/README.md)")
+            prepare_python_docs.main()
+        run.wait()
+        path = Path(__file__).parent / "data" / "python_docs" / "sft.jsonl"
+    folder = chat_files(run, path, home / "tokenizer.json", seq_len, 0.0 if VALID else VALID_SHARE)
+    held = chat_files(run, VALID, home / "tokenizer.json", seq_len, 1.0) if VALID else folder
+    meta, held_meta = (json.loads((f / "meta.json").read_text()) for f in (folder, held))
+    train = prepare_chats.Chats(folder, "train", seq_len, SEED)
+    valid = prepare_chats.Chats(held, "valid", seq_len)
+    if SHOW_BATCH:
+        if run.first:
+            show(tokenizer, train)
+        return common.stop(run)
+
+    model = common.build(init, seq_len=seq_len, dropout=DROPOUT).to(run.device)
+    optimizers = common.make_optimizers(model, OPTIMIZER, LR, MUON_LR, WEIGHT_DECAY)
+    constants = common.literals(globals())
+    fingerprint = f"{meta['fingerprint']} {held_meta['fingerprint']}"
+    found = common.resume(run, OUT, constants, RESUME, fingerprint)
+    state = found["state"] if found else {"fingerprint": fingerprint, "best": math.inf, "since": 0, "bad": 0}
+    first = common.restore(run, found, model, optimizers) if found else 0
+    if run.first and not found:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            if (home / name).exists():
+                shutil.copy(home / name, OUT)
+    common.compile_layers(model, COMPILE, STEPS)
+    net = run.wrap(model)
+    record = common.Record(run, OUT, STEPS, first, WANDB, constants, state)
+    record.show(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters of {home}; "
+        f"{meta['train']['conversations']:,} conversations, {meta['train']['supervised']:,} supervised "
+        f"tokens in {train.count} rows; {run.world} × {run.device} {str(run.dtype)[6:]}; {OUT}"
+    )
+
+    def loss_of(batch):
+        loss, count, balance = net(*batch)
+        return loss + AUX_LOSS_ALPHA * balance, count
+
+    def validate(step):
+        metrics = evaluate(run, model, valid, EVAL_ROWS)
+        record.log(step, **{f"valid_{k}": v for k, v in metrics.items()})
+        state["since"] += 1
+        if metrics["nats_per_answer_token"] < state["best"]:
+            state.update(best=metrics["nats_per_answer_token"], since=0)
+            common.save_best(run, OUT, step, model, metrics)
+
+    if first == 0:
+        validate(0)
+    share, seen = BATCH // run.world, 0
+    for step in range(first, STEPS):
+        rows = [step * BATCH + run.rank * share + i for i in range(share)]
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * common.lr_scale(step, STEPS, WARMUP, FLOOR, SCHEDULE)
+        batches = list(train.batches(rows, min(share, MICRO_BATCH), run.device))
+        done = common.update(run, net, optimizers, batches, loss_of, CLIP, step)
+
+        step, seen = step + 1, seen + done.count
+        state["bad"] = 0 if done.applied else state["bad"] + 1
+        if state["bad"] >= MAX_BAD_STEPS:
+            raise common.BadInput(f"loss or gradient of {state['bad']} updates in a row was not finite (loss "
+                                  f"{done.loss}, gradient norm {done.grad_norm}); lower LR {LR} or MUON_LR "
+                                  f"{MUON_LR}")
+        if LOG_EVERY and step % LOG_EVERY == 0 or not done.applied:
+            record.progress(step, seen, "answer_tokens", loss=done.loss, grad_norm=done.grad_norm,
+                            lr=optimizers[0].param_groups[0]["lr"])
+            seen = 0
+        record.tick(step)
+        last = step == STEPS
+        if EVAL_EVERY and step % EVAL_EVERY == 0 or last:
+            validate(step)
+            last = last or bool(PATIENCE) and state["since"] >= PATIENCE
+        if last:
+            break
+        if SAVE_EVERY and step % SAVE_EVERY == 0 or done.signal:
+            common.save(run, OUT, step, model, optimizers, state, constants)
+        if done.signal:
+            record.close()
+            common.leave(run, OUT, step, done.signal)
+
+    best = run.share(common.load(Path(OUT) / "best.pt") if run.first else None)
+    judged = common.build(best).to(run.device)
+    metrics = evaluate(run, judged, valid)
+    if EXACT_ROWS:
+        with run.autocast():
+            metrics |= exact_match(run, judged, tokenizer, conversations_of(held / "valid.jsonl", EXACT_ROWS))
+    record.log(step, **metrics, final=True)
+    common.export_weights(run, OUT, best)
+    state["finished"] = True
+    common.save(run, OUT, step, model, optimizers, state, constants)
+    record.close()
+    if run.first:
+        common.plot_curves(OUT, ["loss"], ["valid_nats_per_answer_token"])
+    run.say(f"done: {OUT}/best.pt, model.safetensors, curves.png; ask it: python serve.py CHECKPOINT={OUT} "
+            "PROMPTS=questions.jsonl")
+    common.stop(run)
+    return metrics
+
+
+if __name__ == "__main__":
+    common.cli(globals(), main)
