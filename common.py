@@ -2519,6 +2519,24 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tup
     return total, (targets != IGNORE).sum()
 
 
+def token_nats(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats (B, T) of each of targets (B, T), 0 where IGNORE; logits in chunks, made again in
+    backward."""
+    from torch.utils.checkpoint import checkpoint
+
+    def part(h, y, weight):
+        logits = h @ weight.T.to(h.dtype)
+        wide = torch.promote_types(h.dtype, torch.float32)
+        return F.cross_entropy(logits.to(wide), y, ignore_index=IGNORE, reduction="none")
+    flat, wanted = hidden.flatten(0, -2), targets.flatten()
+    known = (wanted != IGNORE).nonzero()[:, 0]                                # prompts cost no logits
+    step = max(64, 2**22 // weight.shape[0])
+    parts = [checkpoint(part, flat[known[i:i + step]], wanted[known[i:i + step]], weight, use_reentrant=False)
+             for i in range(0, len(known), step)]
+    nats = torch.cat(parts) if parts else flat.new_zeros(0)
+    return nats.new_zeros(len(wanted)).index_put((known,), nats).view(targets.shape)
+
+
 class Block(nn.Module):
     """Pre-norm: x + attention(norm x), then x + mlp(norm x). Output projections start at zero: an
     identity."""
@@ -2613,9 +2631,13 @@ class LM(nn.Module):
         """(V, D): logits are hidden @ head_weight.T."""
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def forward(self, ids: Tensor, docs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Training: ids, docs, targets (B, T) → cross-entropy sum in nats, count, balance sum."""
+    def forward(self, ids: Tensor, docs: Tensor, targets: Tensor,
+                each: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Training: ids, docs, targets (B, T) → cross-entropy sum in nats (`each`: of each token, (B, T)),
+        count, balance sum."""
         hidden, balance = self.hidden(ids, docs)
+        if each:
+            return token_nats(hidden, self.head_weight, targets), (targets != IGNORE).sum(), balance
         return *linear_cross_entropy(hidden, self.head_weight, targets), balance
 
     def _start(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:

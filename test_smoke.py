@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 import bench
 import common
 import serve
+import train_dpo
 import train_muon_dsa
 import train_nsa_enwik8
 import train_pretrain
@@ -48,7 +49,7 @@ ROOT = Path(__file__).parent
 SCRIPTS = ["train_pretrain.py", "train_nsa_enwik8.py", "serve.py", "bench.py", "data/prepare_text.py",
            "data/prepare_tokenizer.py", "data/prepare_python_docs.py", "data/prepare_enwik8.py",
            "data/simulate_muons.py", "data/fit_muons.py", "train_muon_dsa.py",
-           "data/prepare_chats.py", "train_sft.py"]
+           "data/prepare_chats.py", "train_sft.py", "train_dpo.py"]
 TINY = dict(
     DIM=32,
     N_LAYERS=2,
@@ -2211,6 +2212,111 @@ def test_a_batch_can_be_looked_at(train_chat, tmp_path, capsys):
     supervised = [line for line in shown if " loss " in line]
     assert any("'</s>'" in line for line in supervised) and any("'<s>'" in line for line in shown)
     assert 0 < len(supervised) < len(shown) and not (tmp_path / "run").exists()
+
+
+# Preferences.
+
+@pytest.fixture(scope="session")
+def preferences(tmp_path_factory):
+    """200 pairs whose chosen answer repeats the question's colour."""
+    rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    colours = ("red", "green", "blue", "grey")
+    with open(path, "w") as file:
+        for i in range(200):
+            a, b = rng.permutation(4)[:2]
+            prompt = [{"role": "user", "content": f"{i}: repeat {colours[a]}"}]
+            row = {k: [*prompt, {"role": "assistant", "content": colours[c]}]
+                   for k, c in (("chosen", a), ("rejected", b))}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+@pytest.fixture
+def train_pairs(train, preferences, base):
+    """Run train_dpo.main() on the small pairs."""
+    tiny = dict(DATA=str(preferences), INIT=str(base), VALID_SHARE=0.2, SEQ_LEN=0, LR=3e-3)
+    return lambda **constants: train(train_dpo, **{**tiny, **constants})
+
+
+def test_preferences_are_learned_from_ln_2_on(train_pairs, chats, tmp_path, preferences):
+    found = train_pairs(STEPS=80, SFT=str(chats))
+    first = common.read_metrics(tmp_path / "run")[0]
+    assert first["valid_loss"] == pytest.approx(math.log(2), abs=1e-5) and abs(first["valid_margin"]) < 1e-4
+    assert found["accuracy"] > 0.8 and found["loss"] < 0.6 and found["margin"] > 0.2
+    assert found["sft_nats_per_answer_token"] > 0
+    scored = train_pairs(EVAL=str(preferences))
+    assert scored["accuracy"] > 0.8 and json.loads((tmp_path / "run/eval.json").read_text()) == scored
+    assert (
+        train_pairs(AVERAGE=True, SFT_WEIGHT=0.1, OPTIMIZER="muon", OUT=str(tmp_path / "other"))["pairs"] > 20
+    )
+
+
+def test_preference_loss_and_gradients_equal_the_plain_formula(preferences, tokenizer, monkeypatch):
+    """One answer at a time, log-softmax over the whole vocabulary, the formula as in TRL: -logsigmoid(beta ×
+    ((chosen - reference chosen) - (rejected - reference rejected)))."""
+    pairs = train_dpo.Pairs(preferences, tokenizer, 129)
+    model = tiny_lm(vocab_size=tokenizer.get_vocab_size())
+    run = common.Run(0, 0, 1, torch.device("cpu"), torch.float64, 0)
+    some = np.array([3, 1, 8, 5, 13])
+    policy, tokens = train_dpo.log_probabilities(run, model, pairs, some, 128)
+    slow = torch.zeros(5, 2, dtype=torch.double)
+    for n, i in enumerate(some):
+        for side in (0, 1):
+            ids, mask = pairs.pairs[i][side]
+            ids, mask = torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(mask)
+            logs = (model.hidden(ids[None, :-1])[0] @ model.head_weight.T).log_softmax(-1)[0]
+            slow[n, side] = logs.gather(1, ids[1:, None])[:, 0][mask[1:]].sum()
+            assert tokens[n, side] == mask[1:].sum()
+    close(policy, slow, 1e-9)
+    reference = torch.randn(5, 2, dtype=torch.double)
+    fast, rewards = train_dpo.preference(policy, reference, tokens)
+    gap = (slow[:, 0] - reference[:, 0]) - (slow[:, 1] - reference[:, 1])
+    plain = -F.logsigmoid(train_dpo.BETA * gap)
+    close(fast, plain, 1e-9)
+    for a, b in zip(
+        *(torch.autograd.grad(x.sum(), list(model.parameters())) for x in (fast, plain)), strict=True
+    ):
+        close(a, b, 1e-8)
+    monkeypatch.setattr(train_dpo, "AVERAGE", True)
+    close(
+        train_dpo.preference(policy, reference, tokens)[1], train_dpo.BETA * (slow - reference) / tokens, 1e-9
+    )
+
+
+def test_interrupted_and_two_rank_alignment_equal_the_uninterrupted(train_pairs, tmp_path):
+    train_pairs(OUT=str(tmp_path / "whole"))
+    with pytest.raises(SystemExit):
+        interrupted(train_pairs, 6)
+    train_pairs()
+    same_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+    constants = common.load(tmp_path / "whole/checkpoint.pt")["constants"] | {"OUT": str(tmp_path / "two")}
+    finish(launch("train_dpo.py", *(f"{k}={v}" for k, v in constants.items()), ranks=2))
+    same_weights(weights(tmp_path / "two"), weights(tmp_path / "whole"), 1e-4)
+
+
+def test_unusable_pairs_are_named_or_refused(train_pairs, preferences, tmp_path, capsys):
+    rows = [json.loads(line) for line in preferences.read_text().splitlines()]
+    bad = [{"chosen": rows[0]["chosen"], "rejected": rows[0]["chosen"]}, {"chosen": rows[0]["chosen"]},
+           {k: v[:1] for k, v in rows[1].items()}, {"chosen": ["x"], "rejected": ["y"]}]
+    path = tmp_path / "bad.jsonl"
+    path.write_text("\n".join(map(json.dumps, bad + rows)))
+    train_pairs(DATA=str(path), STEPS=2)
+    shown = capsys.readouterr().out
+    for line, why in ((1, "chosen and rejected are the same"), (2, 'no "rejected" list'),
+                      (3, "chosen and rejected are the same"), (4, "a turn that is no role and content")):
+        assert f"bad.jsonl:{line}: {why}" in shown, shown
+    path.write_text("\n".join(map(json.dumps, [*rows, {"chosen": rows[0]["chosen"],
+                                                       "rejected": rows[1]["rejected"]}])))
+    with pytest.raises(common.BadInput, match="bad.jsonl:201: the prompts of chosen and rejected differ"):
+        train_pairs(DATA=str(path))
+
+
+def test_a_reference_of_another_model_is_noticed(train_pairs, monkeypatch):
+    real = train_dpo.references
+    monkeypatch.setattr(train_dpo, "references", lambda *a: real(*a) + torch.tensor([0.5, 0.0]))
+    with pytest.raises(common.BadInput, match="the loss before the first update is .*, not ln 2"):
+        train_pairs()
 
 
 def test_bench_twin_is_the_same_model(tokens):
