@@ -2753,6 +2753,36 @@ def build(checkpoint: dict, **changes) -> nn.Module:
     return model
 
 
+HF_NAMES = (  # of LM's parameters in Hugging Face's Qwen3, Qwen3-MoE and Llama
+    ("embedding.", "model.embed_tokens."),
+    ("layers.", "model.layers."),
+    ("attention.q.", "self_attn.q_proj."),
+    ("attention.k.", "self_attn.k_proj."),
+    ("attention.v.", "self_attn.v_proj."),
+    ("attention.out.", "self_attn.o_proj."),
+    ("attention.norm_q.", "self_attn.q_norm."),
+    ("attention.norm_k.", "self_attn.k_norm."),
+    ("mlp.router.", "mlp.gate."),
+    (".gate.", ".gate_proj."),
+    (".up.", ".up_proj."),
+    (".down.", ".down_proj."),
+    ("norm_attn.", "input_layernorm."),
+    ("norm_mlp.", "post_attention_layernorm."),
+    ("head.", "lm_head."),
+)
+
+
+def hf_name(name: str) -> str:
+    """Hugging Face's name of a parameter of LM."""
+    if name == "norm.weight":
+        return "model.norm.weight"
+    router = "mlp.router." in name
+    for ours, theirs in HF_NAMES:
+        if not (router and ours == ".gate.") and (ours in name if ours[0] != "h" else name.startswith(ours)):
+            name = name.replace(ours, theirs)
+    return name
+
+
 def for_inference(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The model itself, from now on only to be read: in `dtype`, without gradients, matrices of one input
     joined."""

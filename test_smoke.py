@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 
 import bench
 import common
+import export
 import serve
 import train_dpo
 import train_muon_dsa
@@ -49,7 +50,8 @@ ROOT = Path(__file__).parent
 SCRIPTS = ["train_pretrain.py", "train_nsa_enwik8.py", "serve.py", "bench.py", "data/prepare_text.py",
            "data/prepare_tokenizer.py", "data/prepare_python_docs.py", "data/prepare_enwik8.py",
            "data/simulate_muons.py", "data/fit_muons.py", "train_muon_dsa.py",
-           "data/prepare_chats.py", "train_sft.py", "train_dpo.py"]
+           "data/prepare_chats.py", "train_sft.py", "train_dpo.py",
+           "export.py"]
 TINY = dict(
     DIM=32,
     N_LAYERS=2,
@@ -2317,6 +2319,103 @@ def test_a_reference_of_another_model_is_noticed(train_pairs, monkeypatch):
     monkeypatch.setattr(train_dpo, "references", lambda *a: real(*a) + torch.tensor([0.5, 0.0]))
     with pytest.raises(common.BadInput, match="the loss before the first update is .*, not ln 2"):
         train_pairs()
+
+
+# Export to Hugging Face and back.
+
+def saved_lm(out, tokens, **changes):
+    """A folder as training leaves it, of a random model."""
+    model = tiny_lm(vocab_size=300, **changes).float()
+    out.mkdir(parents=True)
+    torch.save({**common.weights_of(model), "step": 3, "metrics": {}}, out / "best.pt")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (out / name).write_bytes((tokens / name).read_bytes())
+    return model
+
+
+@pytest.mark.parametrize(
+    "changes, yarn",
+    [
+        ({}, 1.0),
+        (dict(tied=False), 1.0),
+        (dict(qk_norm=False), 1.0),
+        ({}, 4.0),
+        (dict(n_experts=4, n_shared=0), 1.0),
+        (dict(n_experts=4, n_shared=0, tied=False), 4.0),
+    ],
+    ids=["dense", "untied", "llama", "yarn", "moe", "moe-yarn"],
+)
+def test_exported_models_give_our_logits_and_come_back(tokens, tmp_path, monkeypatch, changes, yarn):
+    transformers = pytest.importorskip("transformers")
+    ours = saved_lm(tmp_path / "run", tokens, **changes)
+    for name, value in dict(CHECKPOINT=str(tmp_path / "run"), OUT=str(tmp_path / "hf"), YARN=yarn).items():
+        monkeypatch.setattr(export, name, value)
+    export.main()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", attn_implementation="eager"
+    ).eval()
+    ours = common.build(common.load(tmp_path / "run/best.pt"), **({"yarn": yarn} if yarn != 1 else {})).eval()
+    ids = torch.randint(0, 300, (2, int(100 * yarn)))
+    with torch.no_grad():
+        close(ours.hidden(ids)[0] @ ours.head_weight.T, theirs(ids).logits, 1e-4)
+    for name, value in dict(IMPORT=str(tmp_path / "hf"), OUT=str(tmp_path / "back")).items():
+        monkeypatch.setattr(export, name, value)
+    with contextlib.suppress(common.BadInput):                              # 300 tokens, another tokenizer
+        export.main()
+    same_weights(export.load_folder(tmp_path / "hf")["model"], common.load(tmp_path / "run/best.pt")["model"])
+
+
+def test_an_exported_folder_is_read_back_and_trained_on(base, train_chat, tmp_path, monkeypatch):
+    for name, value in dict(CHECKPOINT=str(base), OUT=str(tmp_path / "hf")).items():
+        monkeypatch.setattr(export, name, value)
+    export.main()
+    for name, value in dict(IMPORT=str(tmp_path / "hf"), OUT=str(tmp_path / "back")).items():
+        monkeypatch.setattr(export, name, value)
+    export.main()
+    same_weights(weights(tmp_path / "back", "best.pt"), weights(base, "best.pt"))
+    assert train_chat(INIT=str(tmp_path / "back"), STEPS=2)["answer_tokens"] > 0
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    messages = [{"role": "user", "content": "hi </s>\n你好"}]
+    text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text.endswith("<s>assistant\n") and (tmp_path / "hf/generation_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(attention="nsa"), "ATTENTION=nsa has no standard class"),
+        (dict(n_experts=4), "N_SHARED=1 shared experts"),
+        (dict(attention="window", sparse={"window": 8}), "ATTENTION=window has no standard class"),
+        (dict(n_experts=4, n_shared=0, qk_norm=False), "experts without QK_NORM"),
+    ],
+)
+def test_what_no_standard_class_holds_is_refused(tokens, tmp_path, monkeypatch, changes, message):
+    saved_lm(tmp_path / "run", tokens, **changes)
+    for name, value in dict(CHECKPOINT=str(tmp_path / "run"), OUT=str(tmp_path / "hf")).items():
+        monkeypatch.setattr(export, name, value)
+    with pytest.raises(common.BadInput) as error:
+        export.main()
+    assert message in str(error.value) and not (tmp_path / "hf").exists()
+
+
+def test_folders_that_are_no_such_model_are_refused(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "CHECKPOINT", str(base))
+    monkeypatch.setattr(export, "OUT", str(tmp_path / "hf"))
+    export.main()
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    for change, message in (
+        ({"model_type": "gpt2"}, "holds a gpt2"),
+        ({"hidden_act": "gelu"}, "hidden_act gelu"),
+        ({"num_hidden_layers": 3}, "does not fit its config.json: missing"),
+        ({"intermediate_size": 7}, "config.json asks for"),
+    ):
+        (tmp_path / "hf/config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(common.BadInput) as error:
+            export.load_folder(tmp_path / "hf")
+        assert message in str(error.value)
+    with pytest.raises(common.BadInput, match="has no config.json"):
+        export.load_folder(tmp_path)
 
 
 def test_bench_twin_is_the_same_model(tokens):
