@@ -2783,6 +2783,138 @@ def hf_name(name: str) -> str:
     return name
 
 
+class LoRA(nn.Module):
+    """A frozen linear map and a low-rank addition, zero at first: base(x) + scale × B A dropout(x), scale
+    alpha / rank, or alpha / √rank with `rslora` (arXiv 2106.09685, 2312.03732)."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
+        super().__init__()
+        self.base, self.scale = base.requires_grad_(False), alpha / (math.sqrt(rank) if rslora else rank)
+        wide = torch.promote_types(base.weight.dtype, torch.float32)
+        self.A = nn.Parameter(torch.empty(rank, base.in_features, dtype=wide))
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=wide))
+        self.dropout = nn.Dropout(dropout)
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    @property
+    def weight(self) -> Tensor:
+        """The sum, as one matrix."""
+        return self.base.weight + (self.scale * (self.B.double() @ self.A.double())).to(
+            self.base.weight.dtype
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) → (..., out)."""
+        return self.base(x.to(self.base.weight.dtype)) + self.scale * (
+            (self.dropout(x) @ self.A.T) @ self.B.T
+        )
+
+
+LORA_TARGETS = (
+    "q",
+    "k",
+    "v",
+    "out",
+    "gate",
+    "up",
+    "down",
+)  # linear layers of attention and MLP, by our names
+
+
+def add_lora(model: nn.Module, targets: Sequence[str], rank: int, alpha: float, dropout: float = 0.0,
+             rslora: bool = False) -> list[str]:
+    """Freeze a model and put a LoRA around each linear layer of its blocks with one of these last names; the
+    names, in order. Raises BadInput where there is none."""
+    wrong = [t for t in targets if t not in LORA_TARGETS]
+    if wrong or not targets:
+        raise BadInput(f"TARGETS {tuple(targets)} must be some of {', '.join(LORA_TARGETS)}")
+    if any(isinstance(m, LoRA) for m in model.modules()):
+        raise BadInput("the model has an adapter already; merge it first")
+    model.requires_grad_(False)
+    found = [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and name.startswith("layers.") and name.rsplit(".", 1)[-1] in targets
+    ]
+    for name in found:
+        parent, last = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        setattr(parent, last, LoRA(getattr(parent, last), rank, alpha, dropout, rslora))
+    if not found:
+        raise BadInput(f"no layer of the model is called one of {', '.join(targets)}")
+    return found
+
+
+def merge_lora(model: nn.Module) -> nn.Module:
+    """The model with every LoRA folded into its linear layer. Raises BadInput when there is none left."""
+    adapters = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRA)]
+    if not adapters:
+        raise BadInput("there is no adapter to merge; was it merged already?")
+    for name, lora in adapters:
+        lora.base.weight.data.copy_(lora.weight.detach())
+        setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], lora.base)
+    return model
+
+
+def save_adapter(out: str | Path, model: nn.Module, base: str, rank: int, alpha: float, dropout: float,
+                 rslora: bool) -> None:
+    """Write OUT/adapter_model.safetensors and adapter_config.json as PEFT has them."""
+    from safetensors.torch import save as to_bytes
+    state, targets = {}, set()
+    for name, lora in model.named_modules():
+        if isinstance(lora, LoRA):
+            theirs = hf_name(name + ".").rstrip(".")
+            targets.add(theirs.rpartition(".")[2])
+            for side in ("A", "B"):
+                state[f"base_model.model.{theirs}.lora_{side}.weight"] = (
+                    getattr(lora, side).detach().float().cpu()
+                )
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
+              "lora_alpha": alpha, "lora_dropout": dropout, "use_rslora": rslora, "bias": "none",
+              "target_modules": sorted(targets), "fan_in_fan_out": False, "inference_mode": True}
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / "adapter_model.safetensors", lambda file: file.write(to_bytes(state, {"format": "pt"})))
+    write_whole(out / "adapter_config.json", lambda file: file.write(json.dumps(config, indent=1).encode()))
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
+    """The model with the adapter of a folder in PEFT layout around its layers. Raises BadInput when the two
+    do not fit."""
+    from safetensors.torch import load_file
+    folder = Path(folder)
+    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
+        raise BadInput(f"{folder} has no adapter_config.json and adapter_model.safetensors")
+    config, state = json.loads((folder / "adapter_config.json").read_text()), load_file(
+        folder / "adapter_model.safetensors")
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or config.get("use_dora"):
+        raise BadInput(f"{folder} is not a plain LoRA adapter (peft_type {config.get('peft_type')}, bias "
+                       f"{config.get('bias')})")
+    stems = {hf_name(name + ".").rstrip("."): name for name, m in model.named_modules()
+             if isinstance(m, nn.Linear)}
+    wanted = {f"base_model.model.{theirs}.lora_{side}.weight": (name, side)
+              for theirs, name in stems.items() for side in ("A", "B")}
+    known = [k for k in state if k in wanted]
+    if len(known) != len(state) or not known:
+        lost = [k for k in state if k not in wanted]
+        raise BadInput(f"{folder}: {len(known)} of {len(state)} tensors fit the model; unknown: {lost[:2]}")
+    rank = config["r"]
+    for name in {wanted[k][0] for k in known}:
+        linear, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+        lora = LoRA(linear, rank, config["lora_alpha"], config.get("lora_dropout", 0.0),
+                    bool(config.get("use_rslora")))
+        for side in ("A", "B"):
+            key = f"base_model.model.{hf_name(name + '.').rstrip('.')}.lora_{side}.weight"
+            value, own = state.get(key), getattr(lora, side)
+            if value is None or value.shape != own.shape:
+                raise BadInput(
+                    f"{folder}: {key} is {None if value is None else tuple(value.shape)}, the model "
+                    f"needs {tuple(own.shape)}: an adapter for other sizes"
+                )
+            own.data.copy_(value)
+        setattr(parent, name.rpartition(".")[2], lora.to(linear.weight.device))
+    return model
+
+
 def for_inference(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The model itself, from now on only to be read: in `dtype`, without gradients, matrices of one input
     joined."""
@@ -3043,3 +3175,43 @@ def collate(rows: Sequence[Sequence[tuple]], seq_len: int) -> tuple[Tensor, Tens
                 targets[r, at:at + n][~np.asarray(mask[0][1:], bool)] = IGNORE
             at += n
     return torch.from_numpy(ids), torch.from_numpy(docs), torch.from_numpy(targets)
+
+
+@torch.no_grad()
+def answer_nats(run: Run, model: nn.Module, chats, micro: int, limit: int = 0) -> dict:
+    """Nats per answer token of rows of chats (data/prepare_chats.py; the first `limit`, 0 = all), `micro` at
+    a time, over all processes."""
+    model.eval()
+    totals = [0.0, 0]
+    rows = range(run.rank, min(limit or chats.count, chats.count), run.world)
+    for batch in chats.batches(rows, micro, run.device):
+        with run.autocast():
+            loss, count, _ = model(*batch)
+        totals = [totals[0] + float(loss), totals[1] + int(count)]
+    model.train()
+    nats, tokens = run.sum(*totals)
+    return {"nats_per_answer_token": nats / max(1, tokens), "answer_tokens": int(tokens)}
+
+
+def exact_match(run: Run, model: nn.Module, tokenizer, conversations: Sequence[list], longest: int) -> dict:
+    """Share of conversations (lists of turns) whose last answer, of up to `longest` tokens, the model gives
+    to the letter, greedily; over all processes. {} where there is no such answer."""
+    table, asked = token_bytes(tokenizer), []
+    for turns in conversations:
+        prompt = render_chat(tokenizer, turns[:-1], reply=True)[0]
+        if turns[-1]["role"] == "assistant" and len(encode(tokenizer, turns[-1]["content"])) <= longest and \
+                len(prompt) + longest < model.context:
+            asked.append((prompt, turns[-1]["content"].strip()))
+    asked = sorted(asked, key=lambda row: len(row[0]))[run.rank::run.world]
+    model.eval()
+    right = 0
+    for at in range(0, len(asked), 16):
+        part = asked[at:at + 16]
+        answers = [""] * len(part)
+        with run.autocast():
+            for row, piece in stream(model, table, [p for p, _ in part], longest + 1, temperature=0.0):
+                answers[row] += piece
+        right += sum(a.strip() == wanted for a, (_, wanted) in zip(answers, part, strict=True))
+    model.train()
+    right, count = run.sum(right, len(asked))
+    return {"exact_match": right / count, "exact_of": int(count)} if count else {}

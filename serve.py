@@ -20,6 +20,7 @@ import common
 
 # Model
 CHECKPOINT = ""           # a folder or file; "" = the newest in out/
+ADAPTER = ""              # folder of a LoRA adapter in PEFT layout, trained on CHECKPOINT
 DTYPE = "auto"            # bfloat16 where the device has it and it is faster, else float32
 YARN = 1.0                # stretches the context by this factor (YaRN)
 
@@ -49,7 +50,10 @@ def load():
     device = torch.device(
         "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     )
-    model = common.for_inference(common.build(found, **changes).to(device), common.pick_dtype(DTYPE, device))
+    model = common.build(found, **changes)
+    if ADAPTER:
+        model = common.merge_lora(common.load_adapter(model, ADAPTER))
+    model = common.for_inference(model.to(device), common.pick_dtype(DTYPE, device))
     return model, common.load_tokenizer(path.parent / "tokenizer.json"), path
 
 

@@ -30,6 +30,7 @@ import common
 import export
 import serve
 import train_dpo
+import train_lora
 import train_muon_dsa
 import train_nsa_enwik8
 import train_pretrain
@@ -51,7 +52,7 @@ SCRIPTS = ["train_pretrain.py", "train_nsa_enwik8.py", "serve.py", "bench.py", "
            "data/prepare_tokenizer.py", "data/prepare_python_docs.py", "data/prepare_enwik8.py",
            "data/simulate_muons.py", "data/fit_muons.py", "train_muon_dsa.py",
            "data/prepare_chats.py", "train_sft.py", "train_dpo.py",
-           "export.py"]
+           "export.py", "train_lora.py"]
 TINY = dict(
     DIM=32,
     N_LAYERS=2,
@@ -2416,6 +2417,141 @@ def test_folders_that_are_no_such_model_are_refused(base, tmp_path, monkeypatch)
         assert message in str(error.value)
     with pytest.raises(common.BadInput, match="has no config.json"):
         export.load_folder(tmp_path)
+
+
+# Low-rank adapters.
+
+def adapted(model, **changes):
+    """The model with adapters that are not zero."""
+    options = dict(targets=common.LORA_TARGETS, rank=3, alpha=6.0, dropout=0.0, rslora=False) | changes
+    names = common.add_lora(model, *options.values())
+    for name in names:
+        torch.nn.init.normal_(model.get_submodule(name).B, std=0.1)
+    return model, names, options
+
+
+def test_an_adapter_starts_as_the_identity_and_leaves_the_base_alone():
+    ids, plain = torch.randint(0, 300, (2, 20)), tiny_lm()
+    model = tiny_lm()
+    names = common.add_lora(model, ("q", "down"), 4, 8.0, dropout=0.5)
+    assert names == [f"layers.{i}.{n}" for i in (0, 1) for n in ("attention.q", "mlp.down")]
+    assert torch.equal(model.hidden(ids)[0], plain.hidden(ids)[0])
+    loss, _, _ = model(ids, torch.zeros_like(ids), ids)
+    loss.backward()
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert all(n.endswith((".A", ".B")) for n in trained) and len(trained) == 2 * len(names)
+    assert all(p.grad is None for n, p in model.named_parameters() if n not in trained)
+    assert all(model.get_submodule(n).B.grad.abs().max() > 0 for n in names)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_merged_equals_adapter_and_merging_twice_is_refused(tmp_path, rslora):
+    ids = torch.randint(0, 300, (2, 30))
+    model, _, options = adapted(tiny_lm(), rslora=rslora)
+    wanted = model.hidden(ids)[0]
+    common.save_adapter(tmp_path, model, "base", *list(options.values())[1:])
+    again = common.load_adapter(tiny_lm(), tmp_path)                        # weights are saved in float32
+    close(again.hidden(ids)[0], wanted, 1e-5)
+    merged = common.merge_lora(model)
+    close(merged.hidden(ids)[0], wanted, 1e-9)
+    assert merged.state_dict().keys() == tiny_lm().state_dict().keys()
+    with pytest.raises(common.BadInput, match="there is no adapter to merge; was it merged already"):
+        common.merge_lora(merged)
+    with pytest.raises(common.BadInput, match="the model has an adapter already"):
+        common.add_lora(adapted(tiny_lm())[0], ("q",), 2, 2.0)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_peft_loads_our_adapter_and_we_load_pefts(tokens, tmp_path, monkeypatch, rslora):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    saved_lm(tmp_path / "run", tokens)
+    for name, value in dict(CHECKPOINT=str(tmp_path / "run"), OUT=str(tmp_path / "hf"), YARN=1.0).items():
+        monkeypatch.setattr(export, name, value)
+    export.main()
+    found = common.load(tmp_path / "run/best.pt")
+    ours, _, options = adapted(common.build(found), rslora=rslora)
+    common.save_adapter(tmp_path / "adapter", ours, str(tmp_path / "hf"), *list(options.values())[1:])
+    ids = torch.randint(0, 300, (2, 40))
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        close(ours.eval().hidden(ids)[0] @ ours.head_weight.T, theirs(ids).logits, 1e-4)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
+    config = peft.LoraConfig(r=5, lora_alpha=7, target_modules=["q_proj", "up_proj"], use_rslora=rslora,
+                             task_type="CAUSAL_LM", init_lora_weights=False)
+    theirs = peft.get_peft_model(base, config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = common.load_adapter(common.build(found), tmp_path / "theirs").eval()
+    with torch.no_grad():
+        close(ours.hidden(ids)[0] @ ours.head_weight.T, theirs(ids).logits, 1e-4)
+    (tmp_path / "theirs/adapter_config.json").unlink()
+    with pytest.raises(common.BadInput, match="has no adapter_config.json"):
+        common.load_adapter(common.build(found), tmp_path / "theirs")
+
+
+def test_adapters_that_do_not_fit_are_refused(tmp_path):
+    model, _, options = adapted(tiny_lm())
+    common.save_adapter(tmp_path, model, "base", *list(options.values())[1:])
+    with pytest.raises(common.BadInput, match="an adapter for other sizes"):
+        common.load_adapter(tiny_lm(dim=48, n_heads=4), tmp_path)
+    with pytest.raises(common.BadInput, match="0 of .* tensors fit|of .* tensors fit the model; unknown"):
+        common.load_adapter(tiny_lm(n_layers=1), tmp_path)
+    with pytest.raises(common.BadInput, match="must be some of q, k, v"):
+        common.add_lora(tiny_lm(), ("x",), 2, 2.0)
+
+
+@pytest.fixture
+def train_adapter(train, chats, base):
+    """Run train_lora.main() on the small conversations."""
+    tiny = dict(
+        DATA=str(chats), GENERAL=str(chats), INIT=str(base), VALID_SHARE=0.1, SEQ_LEN=0, EXACT_ROWS=20
+    )
+    return lambda **constants: train(train_lora, **{**tiny, **constants})
+
+
+def test_an_adapter_learns_and_is_served(train_adapter, base, tmp_path, monkeypatch):
+    found = train_adapter(STEPS=100, LR=2e-2, RANK=16, ALPHA=32.0)
+    assert found["nats_per_answer_token"] < 0.95 * found["before_nats_per_answer_token"]
+    assert found["general_nats_per_answer_token"] < found["general_before_nats_per_answer_token"]
+    assert found["trained_parameters"] < found["parameters"]
+    questions = tmp_path / "q.jsonl"
+    questions.write_text('{"messages": [{"role": "user", "content": "5: say hat blue"}]}\n')
+    answers = []
+    for model, adapter in ((tmp_path / "run", ""), (base, str(tmp_path / "run"))):  # merged, beside the base
+        for name, value in dict(
+            CHECKPOINT=str(model),
+            ADAPTER=adapter,
+            PROMPTS=str(questions),
+            DTYPE="float32",
+            ANSWERS=str(tmp_path / "a.jsonl"),
+            MAX_TOKENS=6,
+        ).items():
+            monkeypatch.setattr(serve, name, value)
+        serve.main()
+        answers.append((tmp_path / "a.jsonl").read_text())
+    assert answers[0] == answers[1]
+
+
+def test_interrupted_and_two_rank_adapters_equal_the_uninterrupted(train_adapter, tmp_path):
+    options = dict(DROPOUT=0.1, BASE_DTYPE="bfloat16")
+    train_adapter(OUT=str(tmp_path / "whole"), **options)
+    with pytest.raises(SystemExit):
+        interrupted(train_adapter, 6, **options)
+    train_adapter(**options)
+    same_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+    train_adapter(OUT=str(tmp_path / "plain"))
+    constants = common.load(tmp_path / "plain/checkpoint.pt")["constants"] | {"OUT": str(tmp_path / "two")}
+    finish(launch("train_lora.py", *(f"{k}={v}" for k, v in constants.items()), ranks=2))
+    same_weights(weights(tmp_path / "two"), weights(tmp_path / "plain"), 1e-4)
+
+
+def test_adapters_are_scored_on_unseen_conversations(train_adapter, chats, tmp_path):
+    train_adapter(STEPS=4)
+    scored = train_adapter(EVAL=str(chats))
+    assert scored["answer_tokens"] > 100 and json.loads((tmp_path / "run/eval.json").read_text()) == scored
+    with pytest.raises(common.BadInput, match="has no adapter_config.json; train one first"):
+        train_adapter(EVAL=str(chats), OUT=str(tmp_path / "none"))
 
 
 def test_bench_twin_is_the_same_model(tokens):

@@ -205,18 +205,11 @@ def evaluate(run, model, pairs, indices, reference, seq_len):
     return found | {"nats_per_answer_token": nats / max(1, tokens), "pairs": len(indices)}
 
 
-@torch.no_grad()
 def sft_nats(run, model, chats):
     """Nats per answer token of held-out conversations."""
-    model.eval()
-    totals = [0.0, 0]
-    for batch in chats.batches(range(run.rank, min(64, chats.count), run.world), 8, run.device):
-        with run.autocast():
-            loss, count, _ = model(*batch)
-        totals = [totals[0] + float(loss), totals[1] + int(count)]
-    model.train()
-    nats, tokens = run.sum(*totals)
-    return {"sft_nats_per_answer_token": nats / max(1, tokens)}
+    return {
+        "sft_nats_per_answer_token": common.answer_nats(run, model, chats, 8, 64)["nats_per_answer_token"]
+    }
 
 
 def score():
@@ -265,11 +258,7 @@ def main():
         )
     chats = None
     if SFT:
-        prepared = (
-            prepare_chats.prepare(SFT, home / "tokenizer.json", seq_len) if run.local_rank == 0 else None
-        )
-        run.wait()
-        prepared = prepared or prepare_chats.prepare(SFT, home / "tokenizer.json", seq_len)
+        prepared = prepare_chats.folder_of(run, SFT, home / "tokenizer.json", seq_len, 0.02)
         chats = prepare_chats.Chats(prepared, "valid", seq_len)
 
     model = common.build(init, seq_len=seq_len, dropout=0.0).to(run.device)

@@ -16,8 +16,6 @@ import math
 import shutil
 from pathlib import Path
 
-import torch
-
 import common
 from data import prepare_chats, prepare_python_docs
 
@@ -64,58 +62,6 @@ WANDB = "disabled"    # "offline", "online"
 EVAL = ""             # a file to score with the best checkpoint in OUT instead of training
 
 
-@torch.no_grad()
-def evaluate(run, model, chats, limit=0):
-    """Nats per answer token of held-out rows (the first `limit`, 0 = all), over all processes."""
-    model.eval()
-    totals = [0.0, 0]
-    rows = range(run.rank, min(limit or chats.count, chats.count), run.world)
-    for batch in chats.batches(rows, MICRO_BATCH, run.device):
-        with run.autocast():
-            loss, count, _ = model(*batch)
-        totals = [totals[0] + float(loss), totals[1] + int(count)]
-    model.train()
-    nats, tokens = run.sum(*totals)
-    return {"nats_per_answer_token": nats / max(1, tokens), "answer_tokens": int(tokens)}
-
-
-def exact_match(run, model, tokenizer, conversations):
-    """Share of conversations (lists of turns) whose last answer the model gives to the letter, greedily."""
-    table, asked = common.token_bytes(tokenizer), []
-    for turns in conversations:
-        answer = common.encode(tokenizer, turns[-1]["content"])
-        prompt = common.render_chat(tokenizer, turns[:-1], reply=True)[0]
-        if turns[-1]["role"] == "assistant" and len(answer) <= EXACT_TOKENS and \
-                len(prompt) + EXACT_TOKENS < model.context:
-            asked.append((prompt, turns[-1]["content"].strip()))
-    asked = sorted(asked, key=lambda row: len(row[0]))[run.rank::run.world]
-    model.eval()
-    right = 0
-    for at in range(0, len(asked), 16):
-        part = asked[at:at + 16]
-        answers = [""] * len(part)
-        for row, piece in common.stream(
-            model, table, [p for p, _ in part], EXACT_TOKENS + 1, temperature=0.0
-        ):
-            answers[row] += piece
-        right += sum(a.strip() == wanted for a, (_, wanted) in zip(answers, part, strict=True))
-    model.train()
-    right, asked = run.sum(right, len(asked))
-    return {"exact_match": right / asked, "exact_of": int(asked)} if asked else {}
-
-
-def conversations_of(path, limit):
-    """The first conversations of a file."""
-    bad, found = prepare_chats.prepare_text.BadRows(), []
-    for row, _ in prepare_chats.rows(path, bad):
-        if limit and len(found) == limit:
-            break
-        if row["conversations"] and all(isinstance(t, dict) and isinstance(t.get("content"), str)
-                                        for t in row["conversations"]):
-            found.append(row["conversations"])
-    return found
-
-
 def show(tokenizer, chats):
     """Print the first row: token, whether it is supervised, conversation."""
     for number, (tokens, mask) in enumerate(chats.documents(0)):
@@ -124,22 +70,16 @@ def show(tokenizer, chats):
             print(f"{number:4}  {'loss' if supervised else '':4}  {token:6}  {text!r}")
 
 
-def chat_files(run, path, tokenizer, seq_len, share):
-    """The folder of token files of `path`; made by one process a machine, while the others wait."""
-    folder = prepare_chats.prepare(path, tokenizer, seq_len, share) if run.local_rank == 0 else None
-    run.wait()
-    return folder or prepare_chats.prepare(path, tokenizer, seq_len, share)
-
-
 def score():
     """EVAL: nats per answer token and exact matches of the best checkpoint in OUT on unseen conversations."""
     run = common.start(SEED, DTYPE)
     model = common.build(common.load(common.newest_checkpoint(OUT))).to(run.device)
     tokenizer = Path(OUT) / "tokenizer.json"
-    folder = chat_files(run, EVAL, tokenizer, model.sizes["seq_len"], 1.0)
-    found = evaluate(run, model, prepare_chats.Chats(folder, "valid", model.sizes["seq_len"]))
-    with run.autocast():
-        found |= exact_match(run, model, common.load_tokenizer(tokenizer), conversations_of(EVAL, EXACT_ROWS))
+    folder = prepare_chats.folder_of(run, EVAL, tokenizer, model.sizes["seq_len"], 1.0)
+    found = common.answer_nats(run, model, prepare_chats.Chats(folder, "valid", model.sizes["seq_len"]),
+                               MICRO_BATCH)
+    asked = prepare_chats.conversations_of(EVAL, EXACT_ROWS)
+    found |= common.exact_match(run, model, common.load_tokenizer(tokenizer), asked, EXACT_TOKENS)
     found["bad_rows"] = json.loads((folder / "meta.json").read_text())["bad_rows"]
     common.write_result(run, OUT, found)
     run.say(f"{EVAL}: " + common.line_of(None, found))
@@ -175,8 +115,10 @@ def main():
             prepare_python_docs.main()
         run.wait()
         path = Path(__file__).parent / "data" / "python_docs" / "sft.jsonl"
-    folder = chat_files(run, path, home / "tokenizer.json", seq_len, 0.0 if VALID else VALID_SHARE)
-    held = chat_files(run, VALID, home / "tokenizer.json", seq_len, 1.0) if VALID else folder
+    folder = prepare_chats.folder_of(
+        run, path, home / "tokenizer.json", seq_len, 0.0 if VALID else VALID_SHARE
+    )
+    held = prepare_chats.folder_of(run, VALID, home / "tokenizer.json", seq_len, 1.0) if VALID else folder
     meta, held_meta = (json.loads((f / "meta.json").read_text()) for f in (folder, held))
     train = prepare_chats.Chats(folder, "train", seq_len, SEED)
     valid = prepare_chats.Chats(held, "valid", seq_len)
@@ -210,7 +152,7 @@ def main():
         return loss + AUX_LOSS_ALPHA * balance, count
 
     def validate(step):
-        metrics = evaluate(run, model, valid, EVAL_ROWS)
+        metrics = common.answer_nats(run, model, valid, MICRO_BATCH, EVAL_ROWS)
         record.log(step, **{f"valid_{k}": v for k, v in metrics.items()})
         state["since"] += 1
         if metrics["nats_per_answer_token"] < state["best"]:
@@ -253,10 +195,10 @@ def main():
 
     best = run.share(common.load(Path(OUT) / "best.pt") if run.first else None)
     judged = common.build(best).to(run.device)
-    metrics = evaluate(run, judged, valid)
+    metrics = common.answer_nats(run, judged, valid, MICRO_BATCH)
     if EXACT_ROWS:
-        with run.autocast():
-            metrics |= exact_match(run, judged, tokenizer, conversations_of(held / "valid.jsonl", EXACT_ROWS))
+        asked = prepare_chats.conversations_of(held / "valid.jsonl", EXACT_ROWS)
+        metrics |= common.exact_match(run, judged, tokenizer, asked, EXACT_TOKENS)
     record.log(step, **metrics, final=True)
     common.export_weights(run, OUT, best)
     state["finished"] = True

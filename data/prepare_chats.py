@@ -161,6 +161,26 @@ def write(path, folder, tokenizer, seq_len, share):
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
+def folder_of(run, path, tokenizer, seq_len, share):
+    """`prepare` by one process a machine, while the others wait."""
+    folder = prepare(path, tokenizer, seq_len, share) if run.local_rank == 0 else None
+    run.wait()
+    return folder or prepare(path, tokenizer, seq_len, share)
+
+
+def conversations_of(path, limit=0):
+    """The first conversations (lists of turns; 0 = all) of a file, as far as they are whole."""
+    found = []
+    for row, _ in rows(path, prepare_text.BadRows()):
+        if limit and len(found) == limit:
+            break
+        if row["conversations"] and all(isinstance(t, dict) and isinstance(t.get("content"), str) and
+                                        t.get("role") in ("system", "user", "assistant")
+                                        for t in row["conversations"]):
+            found.append(row["conversations"])
+    return found
+
+
 class Chats:
     """The conversations of a folder's split, packed whole into rows of seq_len tokens."""
 

@@ -1,0 +1,249 @@
+"""Adapt a chat model with low-rank adapters (LoRA, arXiv 2106.09685): a few percent of the parameters.
+
+Adapters around linear layers of attention and MLP are trained, the rest is frozen. The adapter is saved in
+PEFT layout, which PEFT and vLLM load next to an exported model, and merged into a checkpoint. What was
+forgotten is measured on a general set before and after.
+
+    python train_lora.py                                           who it is; after train_sft.py
+    python train_lora.py DATA=mine.jsonl INIT=out/chat GENERAL=chats.jsonl.gz OUT=out/mine
+    python train_lora.py EVAL=unseen.jsonl OUT=out/mine            nats per answer token, exact matches
+    python serve.py CHECKPOINT=out/chat ADAPTER=out/mine PROMPTS=prompts.jsonl
+"""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import torch
+
+import common
+from data import prepare_chats, prepare_python_docs
+
+# Data
+DATA = ""             # .jsonl(.gz) of {"conversations": [{"role", "content"}]}; "" = who the model is
+VALID = ""            # a file of held-out conversations; "" = a share of DATA
+VALID_SHARE = 0.2     # share of DATA held out when VALID is empty, by a hash of the first question
+GENERAL = ""          # conversations that must not be forgotten; "" = Python's documentation where DATA is ""
+SEQ_LEN = 0           # tokens a row; 0 = the checkpoint's context
+EXACT_ROWS = 200      # held-out conversations whose last answer is generated and compared; 0 = none
+EXACT_TOKENS = 48     # compared are answers up to this length
+
+# Model
+INIT = "out/sft"      # folder of the checkpoint to adapt
+RANK = 8              # of the adapters
+ALPHA = 16.0          # their scale is ALPHA / RANK
+RSLORA = False        # True: ALPHA / √RANK, for large ranks (arXiv 2312.03732)
+DROPOUT = 0.0         # probability, on what enters an adapter
+TARGETS = ("q", "k", "v", "out", "gate", "up", "down")  # linear layers of attention and MLP that get one
+BASE_DTYPE = "float32"  # of the frozen matrices; "bfloat16" halves their memory
+MERGE = True          # write OUT/best.pt, too, the adapter merged
+
+# Optimization
+STEPS = 60            # updates
+BATCH = 4             # rows per update, over all processes
+MICRO_BATCH = 4       # rows per forward and process
+LR = 2e-3             # peak of AdamW
+WEIGHT_DECAY = 0.0    # of matrices, times the learning rate
+WARMUP = 5            # updates
+SCHEDULE = "cosine"   # or "wsd": warm-up, stable, linear decay over the last 30%
+FLOOR = 0.0           # last learning rate as a fraction of the peak
+CLIP = 1.0            # largest gradient norm; 0 = never clip
+AUX_LOSS_ALPHA = 0.1  # weight of the experts' balance loss
+PATIENCE = 0          # validations without a better one before it stops; 0 = never
+MAX_BAD_STEPS = 10    # updates in a row whose loss or gradient is not finite before it stops
+
+# Run
+SEED = 0
+DTYPE = "auto"        # bfloat16 where the device has it and it is faster, else float32
+OUT = "out/lora"
+RESUME = True         # go on with an unfinished run of the same command in OUT
+LOG_EVERY = 10        # updates
+EVAL_EVERY = 20       # updates; 0 = at the end only
+EVAL_ROWS = 64        # rows of held-out conversations a validation reads; 0 = all (the last one always does)
+SAVE_EVERY = 20       # updates; 0 = at the end only
+WANDB = "disabled"    # "offline", "online"
+EVAL = ""             # a file to score with the best checkpoint in OUT instead of training
+
+
+def score():
+    """EVAL: nats per answer token and exact matches of the adapter in OUT on unseen conversations."""
+    run = common.start(SEED, DTYPE)
+    if not (Path(OUT) / "adapter_config.json").is_file():
+        raise common.BadInput(
+            f"{OUT} has no adapter_config.json; train one first: python train_lora.py OUT={OUT}"
+        )
+    base = json.loads((Path(OUT) / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = common.load_adapter(common.build(common.load(common.newest_checkpoint(base))), OUT).to(run.device)
+    tokenizer = Path(OUT) / "tokenizer.json"
+    folder = prepare_chats.folder_of(run, EVAL, tokenizer, model.sizes["seq_len"], 1.0)
+    found = common.answer_nats(run, model, prepare_chats.Chats(folder, "valid", model.sizes["seq_len"]),
+                               MICRO_BATCH)
+    asked = prepare_chats.conversations_of(EVAL, EXACT_ROWS)
+    found |= common.exact_match(run, model, common.load_tokenizer(tokenizer), asked, EXACT_TOKENS)
+    found["bad_rows"] = json.loads((folder / "meta.json").read_text())["bad_rows"]
+    common.write_result(run, OUT, found)
+    run.say(f"{EVAL}: " + common.line_of(None, found))
+    common.stop(run)
+    return found
+
+
+def main():
+    if EVAL:
+        return score()
+    run = common.start(SEED, DTYPE)
+    common.divisible(MICRO_BATCH=(MICRO_BATCH, 1), STEPS=(STEPS, 1), BATCH=(BATCH, run.world))
+    common.within(1, 10_000, RANK=RANK)
+    common.within(
+        0,
+        math.inf,
+        ALPHA=ALPHA,
+        SEQ_LEN=SEQ_LEN,
+        EXACT_ROWS=EXACT_ROWS,
+        EXACT_TOKENS=EXACT_TOKENS,
+        LR=LR,
+        WEIGHT_DECAY=WEIGHT_DECAY,
+        WARMUP=WARMUP,
+        CLIP=CLIP,
+        PATIENCE=PATIENCE,
+        AUX_LOSS_ALPHA=AUX_LOSS_ALPHA,
+        LOG_EVERY=LOG_EVERY,
+        EVAL_EVERY=EVAL_EVERY,
+        EVAL_ROWS=EVAL_ROWS,
+        SAVE_EVERY=SAVE_EVERY,
+    )
+    common.within(0, 1, FLOOR=FLOOR, VALID_SHARE=VALID_SHARE)
+    common.within(0, 0.99, DROPOUT=DROPOUT)
+    common.within(1, math.inf, MAX_BAD_STEPS=MAX_BAD_STEPS)
+    init = common.load(common.newest_checkpoint(INIT))
+    home = common.newest_checkpoint(INIT).parent
+    tokenizer = common.load_tokenizer(home / "tokenizer.json")
+    if init["sizes"].get("vocab_size") != tokenizer.get_vocab_size():
+        raise common.BadInput(f"INIT {INIT} has {init['sizes'].get('vocab_size')} tokens, its tokenizer "
+                              f"{tokenizer.get_vocab_size()}")
+    seq_len = SEQ_LEN or init["sizes"]["seq_len"]
+
+    path = DATA
+    if not path:
+        if run.local_rank == 0:
+            run.say("DATA is empty: teaching the model who it is; for your conversations: "
+                    "DATA=chats.jsonl.gz (data/README.md)")
+            prepare_python_docs.main()
+        run.wait()
+        path = Path(__file__).parent / "data" / "python_docs" / "lora.jsonl"
+    folder = prepare_chats.folder_of(
+        run, path, home / "tokenizer.json", seq_len, 0.0 if VALID else VALID_SHARE
+    )
+    held = prepare_chats.folder_of(run, VALID, home / "tokenizer.json", seq_len, 1.0) if VALID else folder
+    meta, held_meta = (json.loads((f / "meta.json").read_text()) for f in (folder, held))
+    train = prepare_chats.Chats(folder, "train", seq_len, SEED)
+    valid = prepare_chats.Chats(held, "valid", seq_len)
+    general = GENERAL or ("" if DATA else str(Path(__file__).parent / "data" / "python_docs" / "sft.jsonl"))
+    if general:
+        general = prepare_chats.folder_of(run, general, home / "tokenizer.json", seq_len, 0.02)
+        general = prepare_chats.Chats(general, "valid", seq_len)
+
+    if BASE_DTYPE not in ("float32", "bfloat16"):
+        raise common.BadInput(f"BASE_DTYPE {BASE_DTYPE!r} is neither float32 nor bfloat16")
+    model = common.build(init, seq_len=seq_len)
+    names = common.add_lora(model, TARGETS, RANK, ALPHA, DROPOUT, RSLORA)
+    for name in names:
+        model.get_submodule(name).base.to(getattr(torch, BASE_DTYPE))
+    model = model.to(run.device)
+    optimizers = common.make_optimizers(model, "adamw", LR, LR, WEIGHT_DECAY)
+    constants = common.literals(globals())
+    fingerprint = f"{meta['fingerprint']} {held_meta['fingerprint']}"
+    found = common.resume(run, OUT, constants, RESUME, fingerprint)
+    state = found["state"] if found else {"fingerprint": fingerprint, "best": math.inf, "since": 0, "bad": 0}
+    first = common.restore(run, found, model, optimizers) if found else 0
+    if run.first and not found:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            if (home / name).exists():
+                shutil.copy(home / name, OUT)
+    net = run.wrap(model)
+    record = common.Record(run, OUT, STEPS, first, WANDB, constants, state)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    whole = sum(p.numel() for p in model.parameters()) - trained
+    record.show(
+        f"{trained:,} of {whole:,} parameters ({trained / whole:.1%}) in {len(names)} layers of {home}; "
+        f"{meta['train']['conversations']:,} conversations, {meta['train']['supervised']:,} supervised "
+        f"tokens in {train.count} rows; {run.world} × {run.device} {str(run.dtype)[6:]}; {OUT}"
+    )
+
+    def loss_of(batch):
+        loss, count, balance = net(*batch)
+        return loss + AUX_LOSS_ALPHA * balance, count
+
+    def validate(step):
+        metrics = common.answer_nats(run, model, valid, MICRO_BATCH, EVAL_ROWS)
+        if general:
+            found = common.answer_nats(run, model, general, MICRO_BATCH, EVAL_ROWS)
+            metrics["general_nats_per_answer_token"] = found["nats_per_answer_token"]
+        record.log(step, **{f"valid_{k}": v for k, v in metrics.items()})
+        state["since"] += 1
+        if metrics["nats_per_answer_token"] < state["best"]:
+            state.update(best=metrics["nats_per_answer_token"], since=0)
+            if run.first:
+                common.save_adapter(OUT, model, str(home), RANK, ALPHA, DROPOUT, RSLORA)
+            run.wait()
+
+    if first == 0:
+        validate(0)
+    share, seen = BATCH // run.world, 0
+    for step in range(first, STEPS):
+        rows = [step * BATCH + run.rank * share + i for i in range(share)]
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * common.lr_scale(step, STEPS, WARMUP, FLOOR, SCHEDULE)
+        batches = list(train.batches(rows, min(share, MICRO_BATCH), run.device))
+        done = common.update(run, net, optimizers, batches, loss_of, CLIP, step)
+
+        step, seen = step + 1, seen + done.count
+        state["bad"] = 0 if done.applied else state["bad"] + 1
+        if state["bad"] >= MAX_BAD_STEPS:
+            raise common.BadInput(f"loss or gradient of {state['bad']} updates in a row was not finite (loss "
+                                  f"{done.loss}, gradient norm {done.grad_norm}); lower LR {LR}")
+        if LOG_EVERY and step % LOG_EVERY == 0 or not done.applied:
+            record.progress(step, seen, "answer_tokens", loss=done.loss, grad_norm=done.grad_norm,
+                            lr=optimizers[0].param_groups[0]["lr"])
+            seen = 0
+        record.tick(step)
+        last = step == STEPS
+        if EVAL_EVERY and step % EVAL_EVERY == 0 or last:
+            validate(step)
+            last = last or bool(PATIENCE) and state["since"] >= PATIENCE
+        if last:
+            break
+        if SAVE_EVERY and step % SAVE_EVERY == 0 or done.signal:
+            common.save(run, OUT, step, model, optimizers, state, constants)
+        if done.signal:
+            record.close()
+            common.leave(run, OUT, step, done.signal)
+
+    judged = common.load_adapter(common.build(init, seq_len=seq_len), OUT).to(run.device)
+    before = common.build(init, seq_len=seq_len).to(run.device)
+    metrics = common.answer_nats(run, judged, valid, MICRO_BATCH)
+    for name, chats in (("", valid), ("general_", general)):
+        for when, which in (("before_", before), ("", judged)) if chats else ():
+            found = common.answer_nats(run, which, chats, MICRO_BATCH)
+            metrics[f"{name}{when}nats_per_answer_token"] = found["nats_per_answer_token"]
+    if EXACT_ROWS:
+        asked = prepare_chats.conversations_of(held / "valid.jsonl", EXACT_ROWS)
+        metrics |= common.exact_match(run, judged, tokenizer, asked, EXACT_TOKENS)
+    metrics |= {"trained_parameters": trained, "parameters": whole}
+    record.log(step, **metrics, final=True)
+    if MERGE:
+        common.save_best(run, OUT, step, common.merge_lora(judged), metrics)
+    state["finished"] = True
+    common.save(run, OUT, step, model, optimizers, state, constants)
+    record.close()
+    if run.first:
+        common.plot_curves(OUT, ["loss"], ["valid_nats_per_answer_token"])
+    run.say(f"done: {OUT}/adapter_model.safetensors, curves.png; ask it: python serve.py CHECKPOINT={home} "
+            f"ADAPTER={OUT} PROMPTS=questions.jsonl")
+    common.stop(run)
+    return metrics
+
+
+if __name__ == "__main__":
+    common.cli(globals(), main)
