@@ -29,6 +29,7 @@ import bench
 import common
 import export
 import serve
+import train_distill
 import train_dpo
 import train_lora
 import train_muon_dsa
@@ -52,7 +53,7 @@ SCRIPTS = ["train_pretrain.py", "train_nsa_enwik8.py", "serve.py", "bench.py", "
            "data/prepare_tokenizer.py", "data/prepare_python_docs.py", "data/prepare_enwik8.py",
            "data/simulate_muons.py", "data/fit_muons.py", "train_muon_dsa.py",
            "data/prepare_chats.py", "train_sft.py", "train_dpo.py",
-           "export.py", "train_lora.py"]
+           "export.py", "train_lora.py", "train_distill.py"]
 TINY = dict(
     DIM=32,
     N_LAYERS=2,
@@ -2552,6 +2553,101 @@ def test_adapters_are_scored_on_unseen_conversations(train_adapter, chats, tmp_p
     assert scored["answer_tokens"] > 100 and json.loads((tmp_path / "run/eval.json").read_text()) == scored
     with pytest.raises(common.BadInput, match="has no adapter_config.json; train one first"):
         train_adapter(EVAL=str(chats), OUT=str(tmp_path / "none"))
+
+
+# Distillation.
+
+@pytest.mark.parametrize("alpha, temperature", [(0.3, 2.0), (1.0, 2.0), (0.0, 1.0), (0.5, 0.7)])
+def test_distilled_loss_and_gradients_equal_the_plain_formula(alpha, temperature):
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(n, 8, dtype=torch.double, requires_grad=True) for n in (700, 6400))
+    known, head = torch.randn(700, 12, dtype=torch.double), torch.randn(6400, 12, dtype=torch.double)
+    targets = torch.randint(0, 6400, (700,))                                # several chunks
+    fast = train_distill.Distilled.apply(hidden, weight, known, head, targets, alpha, temperature)
+    student, teacher = hidden @ weight.T, known @ head.T
+    kl = F.kl_div(
+        (student / temperature).log_softmax(-1), (teacher / temperature).softmax(-1), reduction="sum"
+    )
+    slow = alpha * F.cross_entropy(student, targets, reduction="sum") + (1 - alpha) * temperature ** 2 * kl
+    close(fast, slow, 1e-9)
+    for a, b in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (fast, slow)), strict=True):
+        close(a, b, 1e-8)
+
+
+@pytest.fixture(scope="session")
+def doubtful(tmp_path_factory):
+    """Conversations whose answers are drawn: 400 for the teacher, 40 for the student, 100 to judge."""
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("doubtful")
+    for name, count in (("many", 400), ("few", 40), ("unseen", 100)):
+        rows = [
+            {
+                "conversations": [
+                    {"role": "user", "content": f"{name} {i}: draw"},
+                    {"role": "assistant", "content": " ".join(rng.choice(["red", "blue", "grey"], 4))},
+                ]
+            }
+            for i in range(count)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher(base, doubtful, tmp_path_factory):
+    """A folder fine-tuned on many of these conversations."""
+    out = tmp_path_factory.mktemp("teacher") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**TINY, "DATA": str(doubtful / "many.jsonl"), "INIT": str(base), "OUT": str(out),
+                            "VALID": str(doubtful / "unseen.jsonl"), "STEPS": 80, "LR": 1e-2, "MUON_LR": 0.03,
+                            "SEQ_LEN": 128, "EXACT_ROWS": 0}.items():
+            if hasattr(train_sft, name):
+                patch.setattr(train_sft, name, value)
+        train_sft.main()
+    return out
+
+
+@pytest.fixture
+def distil(train, doubtful, teacher):
+    """Run train_distill.main() on few of these conversations."""
+    tiny = dict(
+        DATA=str(doubtful / "few.jsonl"),
+        VALID=str(doubtful / "unseen.jsonl"),
+        TEACHER=str(teacher),
+        SEQ_LEN=128,
+        EXACT_ROWS=0,
+        DIM=24,
+        N_LAYERS=1,
+        N_HEADS=2,
+        N_KV_HEADS=1,
+        LR=5e-3,
+        BATCH=2,
+        MICRO_BATCH=1,
+    )
+    return lambda **constants: train(train_distill, **{**tiny, **constants})
+
+
+def test_a_student_learns_more_with_its_teacher(distil, doubtful, tmp_path):
+    taught = distil(STEPS=150)
+    alone = distil(STEPS=150, ALPHA=1.0, OUT=str(tmp_path / "alone"))
+    assert taught["nats_per_answer_token"] < alone["nats_per_answer_token"] - 0.01
+    assert common.load(tmp_path / "run/best.pt")["sizes"]["dim"] == 24
+    scored = distil(EVAL=str(doubtful / "unseen.jsonl"))
+    assert json.loads((tmp_path / "run/eval.json").read_text()) == scored
+    again = distil(INIT=str(tmp_path / "alone"), STEPS=2, OUT=str(tmp_path / "more"), TEACHER_DTYPE="float32")
+    assert again["nats_per_answer_token"] < alone["nats_per_answer_token"] + 0.5
+
+
+def test_interrupted_and_two_rank_distillation_equal_the_uninterrupted(distil, tmp_path):
+    adamw = dict(OPTIMIZER="adamw", TEACHER_DTYPE="float32")
+    distil(OUT=str(tmp_path / "whole"), **adamw)
+    with pytest.raises(SystemExit):
+        interrupted(distil, 6, **adamw)
+    distil(**adamw)
+    same_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+    constants = common.load(tmp_path / "whole/checkpoint.pt")["constants"] | {"OUT": str(tmp_path / "two")}
+    finish(launch("train_distill.py", *(f"{k}={v}" for k, v in constants.items()), ranks=2))
+    same_weights(weights(tmp_path / "two"), weights(tmp_path / "whole"), 1e-4)
 
 
 def test_bench_twin_is_the_same_model(tokens):
