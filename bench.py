@@ -27,10 +27,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
+import train_distill
+import train_dpo
 import train_muon_dsa
 import train_nsa_enwik8
 import train_pretrain
-from data import fit_muons, prepare_python_docs, prepare_text, simulate_muons
+from data import fit_muons, prepare_chats, prepare_python_docs, prepare_text, simulate_muons
 
 DATA = ""            # text whose document lengths are used; "" = Python's documentation
 REPEAT = 5           # timings of each; the fastest counts
@@ -661,6 +663,89 @@ def plot_lengths(rows):
     pyplot.close(figure)
 
 
+def chat():
+    """The chat scripts: packed fine-tuning against padded rows, preferences with one model against two,
+    adapters against full fine-tuning, distillation in chunks against whole logits; 26M, Python's docs."""
+    run, rows = common.start(0, "auto"), []
+    folder = text_folder()
+    docs = Path(__file__).parent / "data" / "python_docs"
+    if not (docs / "sft.jsonl").exists():
+        prepare_python_docs.main()
+    tokens = common.load_tokenizer(folder / "tokenizer.json")
+    chats = prepare_chats.Chats(prepare_chats.prepare(docs / "sft.jsonl", folder / "tokenizer.json", LENGTH),
+                                "train", LENGTH)
+    size = tokens.get_vocab_size()
+    spans = [chats.documents(r) for r in range(ROWS)]
+    packed = common.collate(spans, LENGTH)
+    padded = common.collate([[d] for d in sum(spans, [])[:ROWS]], LENGTH)
+    ours, twin = our_model(size), Twin(size, **BIG)
+    base, mine = fastest(REPEAT, twin_trainer(twin, padded), trainer(run, ours, adamw(ours), packed))
+    count = [int((b[1] >= 0).sum()) for b in (padded, packed)]
+    rows.append(row("fine-tuning, packed against padded rows", count[0] / base, count[1] / mine,
+                    "useful tokens/s"))
+
+    ours = our_model(size, compile=False)
+    full = peak_of(trainer(run, ours, adamw(ours), packed)) / 2**20
+    full += sum(p.numel() for p in ours.parameters()) * 8 / 2**20                   # Adam's two moments
+    lora = our_model(size, compile=False)
+    common.add_lora(lora, common.LORA_TARGETS, 8, 16.0)
+    trained = [p for p in lora.parameters() if p.requires_grad]
+    optimizers = [torch.optim.AdamW(trained, lr=1e-3, fused=True)]
+    few = (
+        peak_of(trainer(run, lora, optimizers, packed)) / 2**20 + sum(p.numel() for p in trained) * 8 / 2**20
+    )
+    rows.append(row("peak of a step and Adam's state, full against adapters", full, few, "MiB", full / few))
+
+    pairs = train_dpo.Pairs(docs / "dpo.jsonl", tokens, LENGTH + 1)
+    policy, frozen = our_model(size, compile=False), our_model(size, compile=False).requires_grad_(False)
+    some = np.arange(16)
+    known = torch.zeros(16, 2)
+
+    def one():
+        logs, count = train_dpo.log_probabilities(run, policy, pairs, some, LENGTH)
+        train_dpo.preference(logs, known, count)[0].sum().backward()
+        policy.zero_grad(set_to_none=True)
+
+    def two():                                            # both models in memory, rows padded, logits whole
+        longest = max(len(ids) for i in some for ids, _ in pairs.pairs[i])
+        batch = common.collate([[pairs.pairs[i][side]] for i in some for side in (0, 1)], longest)
+        found = []
+        for model in (policy, frozen):
+            with contextlib.nullcontext() if model is policy else torch.no_grad():
+                logits = (model.hidden(*batch[:2])[0] @ model.head_weight.T).float()
+                logp = -F.cross_entropy(logits.flatten(0, 1), batch[2].flatten(), reduction="none",
+                                        ignore_index=common.IGNORE)
+                found.append(logp.view(batch[2].shape).sum(1).view(-1, 2))
+        train_dpo.preference(found[0], found[1], torch.ones(16, 2))[0].sum().backward()
+        policy.zero_grad(set_to_none=True)
+    base, mine = fastest(REPEAT, two, one)
+    rows.append(
+        row("preferences, 16 pairs: two models against one", base * 1e3, mine * 1e3, "ms", base / mine)
+    )
+    weights = sum(p.numel() for p in policy.parameters()) * 4 / 2**20
+    base, mine = peak_of(two) / 2**20 + weights, peak_of(one) / 2**20
+    rows.append(row("… peak, the second model counted", base, mine, "MiB", base / mine))
+
+    hidden, head = torch.randn(ROWS * LENGTH, BIG["dim"]), torch.randn(size, BIG["dim"]).requires_grad_()
+    known, student = torch.randn_like(hidden), torch.randn_like(hidden).requires_grad_()
+    targets = torch.randint(0, size, (len(hidden),))
+
+    def chunks():
+        train_distill.Distilled.apply(student, head, known, head.detach(), targets, 0.3, 1.0).backward()
+
+    def whole():
+        logits, wanted = student @ head.T, known @ head.detach().T
+        kl = F.kl_div(logits.log_softmax(-1), wanted.softmax(-1), reduction="sum")
+        (0.3 * F.cross_entropy(logits, targets, reduction="sum") + 0.7 * kl).backward()
+    base, mine = fastest(REPEAT, whole, chunks)
+    rows.append(row(f"distillation loss of {len(hidden)} tokens, in chunks", base * 1e3, mine * 1e3, "ms",
+                    base / mine))
+    base, mine = (peak_of(work) / 2**20 for work in (whole, chunks))
+    rows.append(row("… peak", base, mine, "MiB", base / mine))
+    common.stop(run)
+    return rows
+
+
 class LoopsAttention(common.DynamicSparseAttention):
     """The way that throws connections away: the whole softmax matrix, the largest entries of a head's whole
     map, then loops over the rows that kept too few."""
@@ -809,7 +894,7 @@ def mass_held(model, x):
     return found
 
 
-BENCHMARKS = (limits, train, memory, tokenize, startup, generate, learn, nsa, dsa)
+BENCHMARKS = (limits, train, memory, tokenize, startup, generate, learn, nsa, dsa, chat)
 
 
 def main():
