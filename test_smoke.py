@@ -2287,6 +2287,17 @@ def test_preference_loss_and_gradients_equal_the_plain_formula(preferences, toke
     )
 
 
+def test_only_the_last_answer_of_a_pair_counts(tokenizer):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "first answer"},
+             {"role": "user", "content": "b"}, {"role": "assistant", "content": "second"}]
+    ids, mask = common.render_chat(tokenizer, turns)
+    kept = train_dpo.last_answer(ids, mask)[1]
+    wanted = [*common.encode(tokenizer, "second"), common.EOS]
+    assert [i for i, m in zip(ids, kept, strict=True) if m] == wanted
+    single = common.render_chat(tokenizer, turns[2:])
+    assert train_dpo.last_answer(*single)[1].tolist() == single[1]
+
+
 def test_interrupted_and_two_rank_alignment_equal_the_uninterrupted(train_pairs, tmp_path):
     train_pairs(OUT=str(tmp_path / "whole"))
     with pytest.raises(SystemExit):
