@@ -1,8 +1,8 @@
 """What every experiment in this repo must do alike to be right; what makes one different is in its script.
 
 Sections: 0 conventions · 1 constants · 2 processes · 3 one update · 4 checkpoints and records · 5 small
-layers · 6 attention and its cache · 8 mixture of experts · 10 language model and generation · 11 text.
-Nothing refers to a later section.
+layers · 6 attention and its cache · 7 sparse attention · 8 mixture of experts · 9 fusion · 10 language
+model and generation · 11 text. Nothing refers to a later section.
 """
 
 # 0. Conventions.
@@ -20,6 +20,7 @@ import datetime
 import difflib
 import fcntl
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -137,6 +138,13 @@ def cli(names: dict, main: Callable) -> None:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:120]
+
+
+def needs(module: str, why: str) -> None:
+    """Raise BadInput with the command that installs a module which is not there."""
+    if importlib.util.find_spec(module) is None:
+        package = {"faiss": "faiss-cpu"}.get(module, module)
+        raise BadInput(f"{package} is not installed, needed {why}: pip install {package}")
 
 
 def divisible(**pairs: tuple[int, int]) -> None:
@@ -2472,6 +2480,74 @@ class MoE(nn.Module):
         mean = (weights.view(B, T, X) * real).sum(1) / tokens.clamp(min=1)
         balance = (X * (share * mean).sum(-1, keepdim=True) * tokens).sum()
         return y.view(B, T, D), balance
+
+
+# 9. Fusion: of what a model knows of its own sequence, x (B, T, D), with what it knows of K retrieved ones,
+# references (B, K, T, D), by the frequencies of ALT at each site, (B, T, 2): of everybody, of the population.
+# All return (B, T, D).
+
+def inverse_maf(frequency: Tensor, form: str = "power") -> Tensor:
+    """Weight of sites by ALT frequency (...): "clamped" is 1/MAF, at most 10, the same for all below a tenth;
+    "power" is (0.5/MAF)^¼, from 1 to 5.6, which tells rare variants apart (MAF of 0.0005 at least)."""
+    maf = torch.minimum(frequency, 1 - frequency).clamp(5e-4, 0.5)
+    return (1 / maf).clamp(max=10) if form == "clamped" else (0.5 / maf) ** 0.25
+
+
+class ConcatFusion(nn.Module):
+    """x + MLP([x, mean over K of the references]); the identity when new."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(2 * dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, dim))
+        _start_at_zero(self.mlp[-1])
+
+    def forward(self, x: Tensor, references: Tensor, frequency: Tensor) -> Tensor:
+        return x + self.mlp(torch.cat([x, references.mean(1)], -1))
+
+
+class RareVariantAwareFusion(nn.Module):
+    """References transformed, scaled by the site's frequencies, pooled over K as 0.7 mean + 0.3 maximum; x +
+    0.1 MLP([x, pooled]); the identity when new."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.transform = nn.Linear(dim, dim)
+        self.sensitive = nn.Sequential(nn.Linear(2, dim), nn.SiLU(), nn.Linear(dim, dim), nn.Sigmoid())
+        self.mlp = nn.Sequential(nn.Linear(2 * dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, dim))
+        _start_at_zero(self.mlp[-1])
+
+    def forward(self, x: Tensor, references: Tensor, frequency: Tensor) -> Tensor:
+        made = self.transform(references) * self.sensitive(frequency)[:, None]
+        pooled = 0.7 * made.mean(1) + 0.3 * made.amax(1)
+        return x + 0.1 * self.mlp(torch.cat([x, pooled], -1))
+
+
+class EnhancedRareVariantFusion(nn.Module):
+    """Frequencies of everybody × of the population, adapted to a gate on the references; attention of x over
+    the K of its site; an MLP of x and what it read; that weighted by inverse_maf; x + 0.1 of it. The identity
+    when new."""
+
+    def __init__(self, dim: int, weighting: str = "power"):
+        super().__init__()
+        self.weighting = weighting
+        self.interaction = nn.Linear(3, dim)
+        self.adapter = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim), nn.Sigmoid())
+        self.query, self.key = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(2 * dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, dim))
+        _start_at_zero(self.mlp[-1])
+
+    def forward(self, x: Tensor, references: Tensor, frequency: Tensor) -> Tensor:
+        both = torch.cat([frequency, frequency.prod(-1, keepdim=True)], -1)
+        weighted = references * self.adapter(self.interaction(both))[:, None]
+        scores = (self.query(x)[:, None] * self.key(weighted)).sum(-1) / math.sqrt(x.shape[-1])
+        read = (scores.softmax(1)[..., None] * weighted).sum(1)
+        weight = inverse_maf(frequency[..., 0], self.weighting)[..., None]
+        return x + 0.1 * weight * self.mlp(torch.cat([x, read], -1))
+
+
+def _start_at_zero(layer: nn.Linear) -> None:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
 
 
 # 10. Language model and generation.
