@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ import train_dpo
 import train_muon_dsa
 import train_nsa_enwik8
 import train_pretrain
+import train_rag_bert
 from data import fit_muons, prepare_chats, prepare_python_docs, prepare_text, simulate_muons
 
 DATA = ""            # text whose document lengths are used; "" = Python's documentation
@@ -894,7 +896,137 @@ def mass_held(model, x):
     return found
 
 
-BENCHMARKS = (limits, train, memory, tokenize, startup, generate, learn, nsa, dsa, chat)
+def impute():
+    """Genotypes: retrieval, FAISS and torch against NumPy; a BERT update, retrieved segments in recomputed
+    chunks against one by one; imputed people/s, chains together against one at a time."""
+    run, rows = common.start(0, "float32"), []
+    panel = train_rag_bert.Panel(run)
+    n = panel.alleles.shape[1]
+    window = (0, min(len(panel), 1020))
+    tokens = torch.where(torch.rand(256, window[1]) < 0.5, panel.alleles[:window[1], :256].T.long(), 2)
+    vectors, query = (
+        panel.alleles[: window[1]].T.float().numpy() * 2 - 1,
+        torch.where(tokens == 2, 0, tokens * 2 - 1),
+    )
+
+    def plain():
+        for q in query.float().numpy():
+            np.argsort(((vectors - q) ** 2).sum(1), kind="stable")[:3]
+    for kind in ("flat", "torch"):
+        found = train_rag_bert.Retriever(panel, np.arange(n), kind)
+        found.index(*window)
+        base, mine = fastest(REPEAT, plain, lambda found=found: found.nearest(tokens, window, 3))
+        name = {"flat": "FAISS", "torch": "torch"}[kind]
+        rows.append(row(f"3 nearest of {n} segments of {window[1]} sites, {name} against NumPy", 256 / base,
+                        256 / mine, "queries/s"))
+    big = np.random.default_rng(0).integers(0, 2, (20_000, 512), dtype=np.int8)
+    # the second half are relatives of the first
+    big[10_000:] = np.where(
+        np.random.default_rng(2).random((10_000, 512)) < 0.05, 1 - big[:10_000], big[:10_000]
+    )
+    many = types.SimpleNamespace(alleles=torch.from_numpy(np.ascontiguousarray(big.T)), print="many")
+    some, found = torch.from_numpy(big[:256]).long(), {}
+    for kind in ("flat", "ivf"):
+        found[kind] = train_rag_bert.Retriever(many, np.arange(len(big)), kind)
+        found[kind].index(0, 512)
+    flat, ivf = (found[k].nearest(some, (0, 512), 3) for k in ("flat", "ivf"))
+    base, mine = fastest(REPEAT, *(lambda k=k: found[k].nearest(some, (0, 512), 3) for k in ("flat", "ivf")))
+    recall = (flat[:, :, None] == ivf[:, None]).any(2).float().mean().item()
+    rows.append(
+        row(
+            f"3 nearest of 20,000, IVF against exact FAISS, recall {recall:.2f}",
+            256 / base,
+            256 / mine,
+            "queries/s",
+        )
+    )
+
+    def made(chunk, recompute):
+        torch.manual_seed(0)
+        return train_rag_bert.Imputer(
+            "bert", (600.0,), 1e-3, 64, 128, 8, 4, 3, "enhanced", "clamped", 512, chunk, recompute
+        )
+    T = min(512, len(panel))
+    inputs = dict(
+        tokens=torch.randint(0, 3, (2, 2, T)),
+        numbers=torch.rand(2, T, 7),
+        frequency=torch.rand(2, T, 2),
+        references=torch.randint(0, 2, (2, 2, 3, T)),
+    )
+
+    def update_of(model):
+        def work():
+            model(**inputs)["haplotype"].square().sum().backward()
+            model.zero_grad(set_to_none=True)
+        return work
+    works = [update_of(made(1, False)), update_of(made(64, True))]
+    base, mine = fastest(min(REPEAT, 3), *works)
+    rows.append(
+        row(
+            f"update of the documented BERT, 2 people × {T} sites, against one segment at a time",
+            2 / base,
+            2 / mine,
+            "people/s",
+        )
+    )
+    base, mine = (peak_of(work) / 2**20 for work in works)
+    rows.append(row("… peak", base, mine, "MiB", base / mine))
+
+    typed = train_rag_bert.array_mask(np.random.default_rng(0), panel.maf, 0.08)
+    where, every = np.flatnonzero(typed), np.arange(len(panel))
+    examples = train_rag_bert.Examples(panel, panel.alleles, np.arange(n), torch.arange(n).view(-1, 2),
+                                       panel.population)
+    model = train_rag_bert.Imputer("copy", (150.0, 600.0, 2500.0), 1e-3, 64, 0, 0, 1, 0, "", "", 0)
+
+    def alone():
+        for q in (0, 1):                                                           # one person
+            for rate in model.rates:
+                copy_plainly(panel, where, q, rate)
+
+    def ours():
+        copies = examples.copy(torch.arange(20), where, every, model.rates, 1e-3)
+        with torch.no_grad():
+            train_rag_bert.apply_copy(model, copies)
+    base, mine = fastest(min(REPEAT, 3), alone, ours)
+    rows.append(
+        row(
+            f"imputation, {len(where)} of {len(panel)} sites typed, {n} haplotypes, 3 chains each: against "
+            "NumPy, one at a time",
+            1 / base,
+            20 / mine,
+            "people/s",
+        )
+    )
+    common.stop(run)
+    return rows
+
+
+def copy_plainly(panel, where, q, rate):
+    """Dosages of one haplotype by one chain in NumPy, the panel's other people as states."""
+    alleles = panel.alleles.numpy()
+    others = np.delete(np.arange(alleles.shape[1]), [q // 2 * 2, q // 2 * 2 + 1])
+    reference, query = alleles[where][:, others], alleles[where, q]
+    stay = np.exp(-rate * np.diff(panel.cm[where], prepend=panel.cm[where[0]]) / 100)
+    right = np.where(reference == query[:, None], 1 - 1e-3, 1e-3)
+    ahead, back = np.empty(right.shape), np.ones(right.shape)
+    state = np.full(len(others), 1 / len(others))
+    for m in range(len(where)):
+        state = (stay[m] * state + (1 - stay[m]) / len(others)) * right[m]
+        state /= state.sum()
+        ahead[m] = state
+    for m in range(len(where) - 1, 0, -1):
+        now = right[m] * back[m]
+        back[m - 1] = stay[m] * now + (1 - stay[m]) * now.mean()
+        back[m - 1] /= back[m - 1].mean()
+    posterior = ahead * back
+    posterior /= posterior.sum(1, keepdims=True)
+    sites = np.clip(np.searchsorted(where, np.arange(len(panel)), "right") - 1, 0, len(where) - 2)
+    gap = np.maximum(panel.cm[where[sites + 1]] - panel.cm[where[sites]], 1e-12)
+    w = np.clip((panel.cm - panel.cm[where[sites]]) / gap, 0, 1)[:, None]
+    return ((posterior[sites] * (1 - w) + posterior[sites + 1] * w) * alleles[:, others]).sum(1)
+
+
+BENCHMARKS = (limits, train, memory, tokenize, startup, generate, learn, nsa, dsa, chat, impute)
 
 
 def main():

@@ -11,6 +11,7 @@ import gzip
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -35,14 +36,17 @@ import train_lora
 import train_muon_dsa
 import train_nsa_enwik8
 import train_pretrain
+import train_rag_bert
 import train_sft
 from data import (
     fit_muons,
     prepare_chats,
     prepare_enwik8,
+    prepare_genotypes,
     prepare_python_docs,
     prepare_text,
     prepare_tokenizer,
+    simulate_genotypes,
     simulate_muons,
 )
 
@@ -53,7 +57,8 @@ SCRIPTS = ["train_pretrain.py", "train_nsa_enwik8.py", "serve.py", "bench.py", "
            "data/prepare_tokenizer.py", "data/prepare_python_docs.py", "data/prepare_enwik8.py",
            "data/simulate_muons.py", "data/fit_muons.py", "train_muon_dsa.py",
            "data/prepare_chats.py", "train_sft.py", "train_dpo.py",
-           "export.py", "train_lora.py", "train_distill.py"]
+           "export.py", "train_lora.py", "train_distill.py", "train_rag_bert.py",
+           "data/prepare_genotypes.py", "data/simulate_genotypes.py"]
 TINY = dict(
     DIM=32,
     N_LAYERS=2,
@@ -2063,6 +2068,475 @@ def test_muon_constants_that_do_not_fit_are_one_sentence(train_muons, constants,
     with pytest.raises(common.BadInput) as error:
         train_muons(**constants)
     assert message in str(error.value)
+
+
+# Genotypes.
+
+@pytest.fixture(scope="session")
+def people(tmp_path_factory):
+    """A simulated panel of 60 people on 0.5 megabases, 12 typed people and their truth."""
+    folder = tmp_path_factory.mktemp("people")
+    simulate_genotypes.make(folder, 0.5, (20, 20, 20), (6, 6), 0.2, seed=3)
+    return folder
+
+
+@pytest.fixture
+def train_people(train, people):
+    """Run train_rag_bert.main() on them."""
+    tiny = dict(
+        PANEL=str(people / "panel.vcf.gz"), SAMPLES=str(people / "samples.panel"), MAP=str(people / "map.gz"),
+        DATA="", DIM=16, N_LAYERS=2, N_HEADS=2, N_KV_HEADS=2, WINDOW_SITES=64, EXAMPLES=200, COPY_DIM=16,
+        VALID_SHARE=0.15, ARRAY=(0.1, 0.3), CHUNK=7, VALID_TYPED=0.2, VALID_WINDOWS=3,
+    )
+    return lambda **constants: train(train_rag_bert, **{
+        k: v for k, v in {**tiny, **constants}.items() if hasattr(train_rag_bert, k)})
+
+
+def typed_vcf(people, path, change):
+    """The typed file's text lines, changed, bgzipped again."""
+    import pysam
+    lines = gzip.open(people / "typed.vcf.gz", "rt").read().splitlines()
+    with pysam.BGZFile(str(path), "w") as file:
+        file.write(("\n".join(change(lines)) + "\n").encode())
+    return path
+
+
+def edit(lines, number, **fields):
+    """Lines with fields of record `number` replaced: CHROM, POS, REF, ALT, or the GT of every sample."""
+    heads = [i for i, line in enumerate(lines) if not line.startswith("#")]
+    row = lines[heads[number]].split("\t")
+    for name, value in fields.items():
+        if name == "GT":
+            row[9:] = [value] * len(row[9:])
+        else:
+            row[["CHROM", "POS", "ID", "REF", "ALT"].index(name)] = value
+    return [*lines[:heads[number]], "\t".join(row), *lines[heads[number] + 1:]]
+
+
+def test_copying_chains_equal_the_matrices():
+    torch.manual_seed(0)
+    reference = torch.randint(0, 2, (9, 7), dtype=torch.int8)
+    query = torch.randint(-1, 2, (9, 4), dtype=torch.int8)
+    distance = torch.rand(9) / 100
+    distance[0] = 0
+    keep = torch.ones(4, 7)
+    keep[0, :2], keep[3, 5] = 0, 0
+    for allowed in (None, keep):
+        for m, found in train_rag_bert.copy_posteriors(
+            query, reference, distance, (100.0, 900.0), 0.01, allowed
+        ):
+            for r, rate in enumerate((100.0, 900.0)):
+                twin = train_rag_bert.copy_twin(query, reference, distance, rate, 0.01,
+                                                None if allowed is None else allowed > 0)
+                close(found[r].double(), twin[m], 2e-5)
+    assert (found[:, 0, :2] == 0).all() and (found[:, 3, 5] == 0).all()
+
+
+def test_copied_dosages_are_read_between_the_typed_sites(people):
+    torch.manual_seed(0)
+    cm = np.array([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    typed, sites = np.array([1, 4]), np.array([0, 2, 3, 5, 6])
+    reference, minor = torch.randint(0, 2, (2, 6), dtype=torch.int8), torch.randint(0, 2, (5, 6)).float()
+    query = torch.randint(0, 2, (2, 3), dtype=torch.int8)
+    found = train_rag_bert.copied(query, typed, reference, minor, cm, sites, (300.0,), 0.01)
+    twin = train_rag_bert.copy_twin(query, reference, torch.tensor([0, 0.3 / 100]), 300.0, 0.01)
+    flank = minor.double() @ twin.transpose(1, 2)                      # (M, V, Q)
+    for i, w in enumerate((0, 1 / 3, 2 / 3, 1, 1)):
+        close(found.x[0, i].double(), (1 - w) * flank[0, i] + w * flank[1, i], 1e-5)
+    close(found.alike.double(), minor.double() @ twin.mean(0).T, 1e-5)
+
+
+def test_permuting_the_panel_changes_no_dosage(people, train_people):
+    panel = train_people_panel(train_people)
+    rng = np.random.default_rng(0)
+    typed = train_rag_bert.array_mask(rng, panel.maf, 0.2)
+    model = train_rag_bert.make_model().eval()
+    torch.nn.init.normal_(model.copy.net[-1].weight, std=0.3)
+
+    def of(order):
+        examples = train_rag_bert.Examples(panel, panel.alleles[:, :6], np.arange(6, 120)[order],
+                                           torch.full((3, 2), -1), torch.zeros(3, dtype=torch.long))
+        return train_rag_bert.dosages(common.start(0, "float32"), model, examples, typed)
+    close(of(np.arange(114)), of(rng.permutation(114)), 1e-4)
+
+
+def train_people_panel(train_people):
+    """The Panel that the fixture's constants give."""
+    held = {}
+
+    class Stop(Exception):
+        pass
+
+    def keep(run):
+        held["panel"] = original(run)
+        raise Stop
+    original = train_rag_bert.Panel
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(train_rag_bert, "Panel", keep)
+        train_people()
+    return held["panel"]
+
+
+def test_pieces_of_a_chain_agree_at_their_seams(people, train_people, monkeypatch):
+    panel = train_people_panel(train_people)
+    typed = train_rag_bert.array_mask(np.random.default_rng(0), panel.maf, 0.3)
+    model = train_rag_bert.make_model().eval()
+    examples = train_rag_bert.Examples(panel, panel.alleles[:, :6], np.arange(6, 120), torch.full((3, 2), -1),
+                                       torch.zeros(3, dtype=torch.long))
+    run = common.start(0, "float32")
+    whole = train_rag_bert.dosages(run, model, examples, typed)
+    monkeypatch.setattr(train_rag_bert, "CHAIN_SITES", int(typed.sum()) // 2)
+    cut = train_rag_bert.dosages(run, model, examples, typed)
+    assert not cut.isnan().any() and (cut - whole).abs().mean() < 0.01
+    where, weights = np.flatnonzero(typed), []
+    for part, sites, weight in train_rag_bert.chains(panel, typed, np.arange(len(panel))):
+        assert set(part) <= set(where) and (np.diff(weight) >= 0).all()
+        weights.append((sites[0], sites[-1], weight))
+    assert weights[0][0] == 0 and weights[-1][1] == len(panel) - 1
+    assert weights[1][2][0] == 0 and weights[1][2][-1] == 1                # from the old piece to the new
+
+
+def test_nearest_segments_are_the_same_by_faiss_and_by_torch_and_never_ones_own(
+    people, train_people, tmp_path
+):
+    panel = train_people_panel(train_people)
+    columns, window = np.arange(10, 120), (5, 60)
+    rng = np.random.default_rng(0)
+    tokens = panel.alleles[5:60, :40].T.long()
+    tokens[torch.from_numpy(rng.random(tokens.shape) < 0.5)] = train_rag_bert.MASKED
+    banned = torch.arange(40).view(-1, 2).repeat_interleave(2, 0)
+    found = {
+        kind: train_rag_bert.Retriever(panel, columns, kind, tmp_path) for kind in ("flat", "torch", "ivf")
+    }
+    flat, torch_ = (found[k].nearest(tokens, window, 5, banned) for k in ("flat", "torch"))
+    assert torch.equal(flat, torch_)
+    assert not (flat[:, :, None] == banned[:, None]).any()
+    for q in range(40):                                                    # by counting, equals in order
+        known = tokens[q] != train_rag_bert.MASKED
+        differ = (panel.alleles[5:60][known][:, columns] != tokens[q][known][:, None]).sum(0)
+        order = [int(columns[i]) for i in torch.argsort(differ, stable=True) if columns[i] not in banned[q]]
+        assert flat[q].tolist() == order[:5]
+    again = train_rag_bert.Retriever(panel, columns, "flat", tmp_path)
+    assert len(list(tmp_path.glob("*.faiss"))) == 1 and torch.equal(
+        again.nearest(tokens, window, 5, banned), flat
+    )
+    assert train_rag_bert.Retriever(panel, columns[1:], "flat", tmp_path).print != again.print
+    found["ivf"].index(*window).nprobe = 100
+    assert torch.equal(found["ivf"].nearest(tokens, window, 5, banned), flat)
+    with pytest.raises(common.BadInput) as error:
+        again.nearest(tokens, window, 110, banned)
+    assert "K 110 is more than the 108 haplotypes" in str(error.value)
+
+
+def bert(**changes):
+    torch.manual_seed(0)
+    model = train_rag_bert.Imputer(
+        **{
+            **dict(
+                model="bert",
+                rates=(100.0,),
+                error=1e-3,
+                copy_dim=8,
+                dim=16,
+                n_layers=2,
+                n_heads=2,
+                k=3,
+                fusion="enhanced",
+                weighting="power",
+                window_sites=32,
+                chunk=4,
+            ),
+            **changes,
+        }
+    )
+    for p in model.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.1)
+    return model.double()
+
+
+def window_input(B=2, T=20, K=3):
+    g = torch.Generator().manual_seed(0)
+    return dict(tokens=torch.randint(0, 3, (B, 2, T), generator=g),
+                numbers=torch.rand(B, T, 7, generator=g, dtype=torch.float64),
+                frequency=torch.rand(B, T, 2, generator=g, dtype=torch.float64),
+                references=torch.randint(0, 2, (B, 2, K, T), generator=g))
+
+
+@pytest.mark.parametrize("fusion", ["enhanced", "aware", "concat"])
+def test_segments_encoded_in_recomputed_chunks_equal_direct_ones_with_gradients(fusion):
+    results = []
+    for changes in (dict(chunk=5, recompute=True), dict(chunk=1000, recompute=False)):
+        model = bert(fusion=fusion, **changes)
+        out = model(**window_input())
+        sum(v.square().sum() for v in out.values()).backward()
+        results.append((out, {k: p.grad for k, p in model.named_parameters()}))
+    for part in range(2):
+        assert results[0][part].keys() == results[1][part].keys()
+        for name, value in results[0][part].items():
+            close(value, results[1][part][name], 1e-9)
+
+
+@pytest.mark.parametrize(
+    "make", [common.ConcatFusion, common.RareVariantAwareFusion, common.EnhancedRareVariantFusion]
+)
+def test_fusion_begins_as_the_identity_and_reads_every_reference(make):
+    torch.manual_seed(0)
+    fusion = make(8).double()
+    x, frequency = torch.randn(2, 5, 8).double(), torch.rand(2, 5, 2).double()
+    references = torch.randn(2, 3, 5, 8).double().requires_grad_()
+    assert torch.equal(fusion(x, references, frequency), x)
+    torch.nn.init.normal_(fusion.mlp[-1].weight)
+    fused = fusion(x, references, frequency)
+    fused.sum().backward()
+    assert references.grad.abs().sum((0, 2, 3)).min() > 0
+    close(fusion(x, references[:, [2, 0, 1]], frequency), fused)             # their order says nothing
+
+
+def test_rare_variants_weigh_more_only_where_the_form_tells_them_apart():
+    maf = torch.tensor([0.001, 0.01, 0.05, 0.3, 0.99])
+    assert common.inverse_maf(maf, "clamped")[:3].tolist() == [10, 10, 10]
+    power = common.inverse_maf(maf)
+    assert (power[:3].diff() < 0).all() and power[4].isclose(power[1])
+
+
+def test_a_masked_allele_is_not_seen_by_the_model(people, train_people):
+    panel = train_people_panel(train_people)
+    typed = np.zeros(len(panel), bool)
+    typed[::3] = True
+    for kind in ("copy", "bert", "both"):
+        retriever = train_rag_bert.Retriever(panel, np.arange(12, 120), "torch")
+        model = bert(model=kind, window_sites=64, k=3).float().eval()
+        made = []
+        for change in (False, True):
+            alleles = panel.alleles[:, :12].clone()
+            if change:
+                alleles[~typed] = 1 - alleles[~typed]
+            examples = train_rag_bert.Examples(panel, alleles, np.arange(12, 120), torch.full((6, 2), -1),
+                                               torch.zeros(6, dtype=torch.long), retriever)
+            made.append(train_rag_bert.dosages(common.start(0, "float32"), model, examples, typed))
+        assert torch.equal(*made), kind
+
+
+@pytest.mark.parametrize("model", ["copy", "bert", "both"])
+def test_interrupted_imputation_training_equals_the_uninterrupted(train_people, tmp_path, model):
+    constants = dict(MODEL=model, STEPS=8, EVAL_EVERY=4, SAVE_EVERY=3)
+    train_people(OUT=str(tmp_path / "whole"), **constants)
+    with pytest.raises(SystemExit):
+        interrupted(train_people, 5, OUT=str(tmp_path / "cut"), **constants)
+    train_people(OUT=str(tmp_path / "cut"), **constants)
+    same_weights(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "cut/metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("model", ["copy", "bert"])
+def test_one_update_of_imputation_is_the_same_however_it_is_cut(train_people, tmp_path, model):
+    for name, micro in (("a", 8), ("b", 2)):
+        train_people(MODEL=model, OUT=str(tmp_path / name), STEPS=3, MICRO_BATCH=micro, EVAL_EVERY=0)
+    same_weights(weights(tmp_path / "a"), weights(tmp_path / "b"), 2e-5)
+
+
+@pytest.mark.parametrize("model", ["copy", "both"])
+def test_one_process_and_two_train_the_same_imputation(train_people, tmp_path, model):
+    train_people(MODEL=model, OUT=str(tmp_path / "one"), STEPS=4)
+    constants = common.load(tmp_path / "one/checkpoint.pt")["constants"]
+    del constants["OUT"]
+    words = [*(f"{k}={v}" for k, v in constants.items()), f"OUT={tmp_path / 'two'}"]
+    finish(launch("train_rag_bert.py", *words, ranks=2))
+    same_weights(weights(tmp_path / "one"), weights(tmp_path / "two"), 2e-5)
+
+
+def test_copying_beats_frequency_and_one_neighbour_and_writes_what_was_typed(people, train_people, tmp_path):
+    import cyvcf2
+    train_people(STEPS=40, EVAL_EVERY=20, OUT=str(tmp_path / "run"))
+    found = train_people(
+        IMPUTE=str(people / "typed.vcf.gz"), CHECK=str(people / "truth.vcf.gz"), OUT=str(tmp_path / "run")
+    )
+    panel = prepare_genotypes.read(people / "panel.vcf.gz")
+    typed, truth = (prepare_genotypes.read(people / f"{n}.vcf.gz") for n in ("typed", "truth"))
+    rows = prepare_genotypes.match(typed, panel)[0]
+    reference, q = panel.haplotypes(), typed.haplotypes()
+    near = np.abs(reference[rows][:, :, None] - q[:, None]).sum(0).argmin(0)
+    copied = reference[:, near].reshape(len(reference), -1, 2).sum(2).astype(float)
+    af = reference.mean(1)
+    use = (af > 0) & (af < 1)
+    use[rows] = False
+    minor = af > 0.5
+
+    def r2(dose):
+        d, t = (np.where(minor[:, None], 2 - x, x)[use].ravel() for x in (dose, truth.gt.sum(2)))
+        return np.corrcoef(d, t)[0, 1] ** 2
+    assert found["r2"]["all"] > r2(copied) + 0.02 > r2(np.repeat(2 * af[:, None], 12, 1)) + 0.1
+    records = list(cyvcf2.VCF(str(tmp_path / "run/imputed.vcf.gz")))
+    assert [r.POS for r in records] == panel.pos.tolist() and len(records[0].gt_types) == 12
+    dose = np.array([r.format("DS")[:, 0] for r in records])
+    assert abs(r2(dose) - found["r2"]["all"]) < 1e-3
+    for i, row in enumerate(rows):
+        record = records[row]
+        assert (record.genotype.array()[:, :2] == typed.gt[i]).all() and record.INFO.get("TYPED")
+        assert np.array_equal(dose[row], typed.gt[i].sum(1))
+    probability = np.array([r.format("GP") for r in records])
+    close(torch.from_numpy(probability.sum(2)), torch.ones(len(records), 12), 3e-3)
+    assert (tmp_path / "run/imputed.vcf.gz.tbi").exists()
+    assert json.loads((tmp_path / "run/eval.json").read_text())["r2"]["all"] == found["r2"]["all"]
+
+
+def test_unphased_and_missing_typed_calls_are_imputed_nearly_as_well(people, train_people, tmp_path):
+    train_people(STEPS=2, OUT=str(tmp_path / "run"))
+    check = dict(CHECK=str(people / "truth.vcf.gz"), OUT=str(tmp_path / "run"))
+    phased = train_people(IMPUTE=str(people / "typed.vcf.gz"), **check)
+    turn = np.random.default_rng(0)
+
+    def loose(lines):
+        out = []
+        for line in lines:
+            cells = line.split("\t")
+            if not line.startswith("#"):
+                cells[9:] = [
+                    "./." if turn.random() < 0.02 else "/".join(sorted(c.split("|"))) for c in cells[9:]
+                ]
+            out.append("\t".join(cells))
+        return out
+    path = typed_vcf(people, tmp_path / "loose.vcf.gz", loose)
+    unphased = train_people(IMPUTE=str(path), **check)
+    assert unphased["r2"]["all"] > phased["r2"]["all"] - 0.08
+    text = gzip.open(tmp_path / "run/imputed.vcf.gz", "rt").read()
+    assert "0/1:1:" in text and "./." not in text
+
+
+def test_genotypes_survive_vcf_to_h5_to_vcf(people, tmp_path):
+    first = prepare_genotypes.read(people / "typed.vcf.gz")
+    first.gt[3, 2] = -1
+    prepare_genotypes.write_h5(first, tmp_path / "a.vcf.h5")
+    second = prepare_genotypes.read(tmp_path / "a.vcf.h5")
+    prepare_genotypes.write_vcf(second, tmp_path / "b.vcf.gz")
+    third = prepare_genotypes.read(tmp_path / "b.vcf.gz")
+    for found in (second, third):
+        assert found.keys() == first.keys() and found.samples == first.samples
+        assert (found.gt == first.gt).all() and (found.id == first.id).all()
+
+
+def test_h5_files_of_bytes_and_several_alt_columns_are_read(people, tmp_path):
+    import h5py
+    first = prepare_genotypes.read(people / "typed.vcf.gz")
+    n = len(first.pos)
+    with h5py.File(tmp_path / "old.h5", "w") as file:
+        file["calldata/GT"], file["samples"] = first.gt, np.array(first.samples, dtype="S")
+        file["variants/POS"], file["variants/CHROM"] = (
+            first.pos.astype(np.int32),
+            np.array(first.chrom, dtype="S"),
+        )
+        file["variants/REF"] = np.array(first.ref, dtype="S")
+        file["variants/ALT"] = np.array(
+            [[a, "G" if i == 4 else "", ""] for i, a in enumerate(first.alt)], dtype="S"
+        )
+    found = prepare_genotypes.read(tmp_path / "old.h5")
+    rest = [i for i in range(n) if i != 4]
+    assert found.keys() == [first.keys()[i] for i in rest] and (found.gt == first.gt[rest]).all()
+    assert found.dropped["several ALT alleles (bcftools norm -m- splits them)"] == 1
+
+
+def test_frequencies_and_windows_are_what_they_say(people):
+    panel = prepare_genotypes.read_panel(people / "panel.vcf.gz")
+    names, number = prepare_genotypes.populations(people / "samples.panel", panel.samples)
+    freq = prepare_genotypes.frequencies(panel, names, number)
+    assert names == ["north", "south", "west"] and freq.shape == (4, 4, len(panel.pos))
+    np.testing.assert_allclose(freq[:3].sum(0), 1, atol=1e-6)
+    north = panel.gt[:, [s.startswith("north") for s in panel.samples]]
+    np.testing.assert_allclose(freq[3, 0], north.mean((1, 2)), atol=1e-6)
+    np.testing.assert_allclose(freq[1, 3], (panel.gt.sum(2) == 1).mean(1), atol=1e-6)
+    cm = prepare_genotypes.genetic(people / "map.gz", panel.pos)
+    assert (np.diff(cm) >= 0).all()
+    for sites, length in ((10, 0.0), (1, 0.0), (50, 0.01), (10_000, 0.0)):
+        found = prepare_genotypes.windows(cm, sites, length, 0.2)
+        seen = np.zeros(len(cm), int)
+        for a, b in found:
+            assert 0 < b - a <= sites and (not length or b - a == 1 or cm[b - 1] - cm[a] <= length + 1e-9)
+            seen[a:b] += 1
+        assert seen.min() >= 1
+
+
+def test_swapped_and_flipped_alleles_are_turned_and_ambiguous_ones_dropped(people, tmp_path):
+    panel = prepare_genotypes.read(people / "panel.vcf.gz")
+    typed = prepare_genotypes.read(people / "typed.vcf.gz")
+    plain = [i for i, (_, _, r, a) in enumerate(typed.keys()) if {r, a} not in ({"A", "T"}, {"C", "G"})]
+    pairs = [i for i in range(len(typed.pos)) if i not in plain]
+    flip = str.maketrans("ACGT", "TGCA")
+
+    def change(lines):
+        lines = edit(lines, plain[0], REF=typed.alt[plain[0]], ALT=typed.ref[plain[0]])
+        lines = edit(
+            lines, plain[1], REF=typed.ref[plain[1]].translate(flip), ALT=typed.alt[plain[1]].translate(flip)
+        )
+        lines = edit(lines, pairs[0], REF=typed.alt[pairs[0]], ALT=typed.ref[pairs[0]])
+        lines = edit(lines, plain[2], ALT=typed.alt[plain[2]] + "," + "N")
+        return lines[:-1] + [lines[-1].replace("chr", ""), lines[-1]]
+    found = prepare_genotypes.read(typed_vcf(people, tmp_path / "odd.vcf.gz", change))
+    assert found.dropped == {"repeated record": 1, "several ALT alleles (bcftools norm -m- splits them)": 1}
+    rows, turned, what = prepare_genotypes.match(found, panel)
+    assert what["REF and ALT swapped, turned"] == 1 and what["other strand, turned"] == 1
+    assert what["A/T or C/G swapped or on the other strand: cannot be told, dropped"] == 1
+    place = {k: i for i, k in enumerate(turned.keys())}
+    assert (turned.gt[place[typed.keys()[plain[0]]]] == 1 - typed.gt[plain[0]]).all()
+    assert (turned.gt[place[typed.keys()[plain[1]]]] == typed.gt[plain[1]]).all()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: edit(t, 5, GT="0"), "is not diploid; haploid calls"),
+        (lambda t: edit(t, 5, POS="1"), "is not sorted: position 1 follows"),
+        (
+            lambda t: [line.replace("1\t", "22\t", 1) if not line.startswith("#") else line for line in t],
+            "is of chromosome 22",
+        ),
+        (
+            lambda t: [re.sub(r"^1\t(\d+)", lambda m: f"1\t{int(m[1]) + 7_000_000}", line) for line in t],
+            "another genome build",
+        ),
+        (lambda t: [line for line in t if line.startswith("#")], "holds no variant with one ALT allele"),
+        (lambda t: [re.sub(r"\t[01]\|[01]$", "\t./.", line) for line in t], "has no call at any variant"),
+    ],
+)
+def test_unusable_typed_files_are_one_sentence(train_people, people, tmp_path, change, message):
+    train_people(STEPS=1, OUT=str(tmp_path / "run"))
+    with pytest.raises(common.BadInput) as error:
+        train_people(
+            IMPUTE=str(typed_vcf(people, tmp_path / "bad.vcf.gz", change)), OUT=str(tmp_path / "run")
+        )
+    assert message in str(error.value)
+
+
+def test_cut_files_and_other_panels_are_one_sentence(train_people, people, tmp_path):
+    whole = (people / "panel.vcf.gz").read_bytes()
+    (tmp_path / "cut.vcf.gz").write_bytes(whole[:len(whole) // 2])
+    prepare_genotypes.write_h5(prepare_genotypes.read(people / "panel.vcf.gz"), tmp_path / "a.h5")
+    h5 = (tmp_path / "a.h5").read_bytes()
+    (tmp_path / "cut.h5").write_bytes(h5[:len(h5) // 2])
+    (tmp_path / "few.panel").write_text("north001 north\n")
+    np.save(tmp_path / "Freq.npy", np.zeros((4, 2, 9)))
+    (tmp_path / "w.csv").write_text("first,end\n0,10\n")
+    (tmp_path / "pickle.npy").write_bytes(b"\x80\x04.")
+    missing = prepare_genotypes.read(people / "panel.vcf.gz")
+    missing.gt[4, 3] = -1
+    prepare_genotypes.write_vcf(missing, tmp_path / "missing.vcf.gz")
+    for constants, message in (
+        (dict(PANEL=str(tmp_path / "cut.vcf.gz")), "is cut short: its end is missing"),
+        (dict(PANEL=str(tmp_path / "cut.h5")), "cannot be read, it may be cut short"),
+        (dict(PANEL=str(tmp_path / "none.vcf.gz")), "no genotypes at"),
+        (dict(PANEL=str(tmp_path / "missing.vcf.gz")), "a panel must be complete"),
+        (dict(SAMPLES=str(tmp_path / "few.panel")), "gives no population for sample"),
+        (dict(FREQ=str(tmp_path / "Freq.npy")), "is (4, 2, 9), not ref, het, hom, af"),
+        (dict(FREQ=str(tmp_path / "pickle.npy")), "cannot be read"),
+        (dict(WINDOWS=str(tmp_path / "w.csv")), "no window holds site 10 of"),
+        (dict(MODEL="x"), "MODEL 'x' is not one of"),
+        (dict(K=500, MODEL="bert", STEPS=1), "K 500 is more than the"),
+        (dict(CHECK="x"), "CHECK=x scores what IMPUTE= makes"),
+        (dict(VALID_SHARE=0.0), "and 0 to validate"),
+    ):
+        with pytest.raises(common.BadInput) as error:
+            train_people(**constants)
+        assert message in str(error.value), (constants, str(error.value))
 
 
 # Chat: supervised fine-tuning.

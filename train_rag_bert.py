@@ -2,17 +2,17 @@
 
 Two models, alone or mixed. The copying head reads, at each site, which panel haplotypes a person's own copy
 there: the Li-Stephens chain (doi:10.1093/genetics/165.4.2213) along the genetic map, at several rates of
-switching at once, all panel haplotypes its states; a small network that has learned what such evidence is worth,
-by rarity, by sharpness, by agreement of both sides, gives the allele's probability. It knows no site and no
-panel by name: new ones need no training. The BERT encodes a window of a haplotype and, with FAISS, the K panel
-segments nearest on its typed sites, fuses them by allele frequency, and classifies each masked site.
+switching at once, all panel haplotypes its states; a small network that has learned what such evidence is
+worth, by rarity, by sharpness, by agreement of both sides, gives the allele's probability. It knows no site
+and no panel by name: new ones need no training. The BERT encodes a window of a haplotype and, with FAISS, the
+K panel segments nearest on its typed sites, fuses them by allele frequency, and classifies each masked site.
 Both learn on the panel, each person without his own haplotypes, with masks such as arrays make.
 
-    python train_rag_bert.py                                       simulated people (data/simulate_genotypes.py)
+    python train_rag_bert.py                                simulated people (data/simulate_genotypes.py)
     python train_rag_bert.py PANEL=panel.vcf.gz MAP=map.gz OUT=out/mine
-    python train_rag_bert.py IMPUTE=typed.vcf.gz PANEL=panel.vcf.gz MAP=map.gz OUT=out/mine    writes imputed.vcf.gz
-    python train_rag_bert.py IMPUTE=typed.vcf.gz CHECK=truth.vcf.gz ...                        and scores it
-    python train_rag_bert.py PRESET=seed MODEL=bert                the documented older system
+    python train_rag_bert.py IMPUTE=typed.vcf.gz PANEL=panel.vcf.gz MAP=map.gz OUT=out/mine
+    python train_rag_bert.py IMPUTE=typed.vcf.gz CHECK=truth.vcf.gz ...                 scored, too
+    python train_rag_bert.py PRESET=seed MODEL=bert         the documented older system
 """
 
 import dataclasses
@@ -124,7 +124,7 @@ class Panel:
             self.freq = read_freq(FREQ, len(self.names), len(found.pos))
         else:
             self.freq = prepare_genotypes.frequencies(found, self.names, number)
-        self.af = self.alleles.float().mean(1).numpy()
+        self.af = self.alleles.sum(1, dtype=torch.int64).numpy() / self.alleles.shape[1]
         self.maf = np.minimum(self.af, 1 - self.af)
         self.flip = torch.from_numpy(self.af > 0.5)
         self.windows = (prepare_genotypes.read_windows(WINDOWS, len(found.pos)) if WINDOWS else
@@ -193,7 +193,7 @@ def array_mask(rng, maf, share):
 
 
 def draw_mask(rng, maf, rate, kinds=("random", "span", "array")):
-    """Typed sites (V,) bool, about 1 - rate of them. "random" hides rare ones sooner; "span" hides stretches."""
+    """Typed sites (V,) bool, about 1 - rate of them; "random" hides rare ones sooner, "span" stretches."""
     kind = kinds[rng.integers(len(kinds))]
     if kind == "array":
         return array_mask(rng, maf, 1 - rate)
@@ -212,7 +212,8 @@ def draw_mask(rng, maf, rate, kinds=("random", "span", "array")):
 def copy_twin(query, reference, distance, rate, error, keep=None):
     """The slow twin: posterior (M, Q, S) that haplotype s is copied at typed site m, by matrices (S, S).
 
-    query (M, Q) and reference (M, S) alleles, -1 unknown; distance (M,) Morgan to the site before; keep (Q, S)."""
+    query (M, Q) and reference (M, S) alleles, -1 unknown; distance (M,) Morgan to the site before; keep (Q,
+    S)."""
     M, Q = query.shape
     S = reference.shape[1]
     keep = torch.ones(Q, S, dtype=torch.bool) if keep is None else keep
@@ -256,14 +257,17 @@ def copy_posteriors(query, reference, distance, rates, error, keep=None):
         back.mul_(torch.where(query[m][:, None] == reference[m], same, differs))
         back.div_((back * start).sum(2, keepdim=True))
         back.mul_(stay[:, m]).add_(1 - stay[:, m])
+        if keep is not None:
+            back.mul_(keep)                      # a haplotype that may not be copied would outgrow the rest
 
 
 @dataclasses.dataclass
 class Copied:
-    """What chains of R rates say of Q haplotypes at some sites: the probability of the minor allele `x` (R, V, Q), from
-    the typed sites before and after alone `before`, `after` (V, Q), from the haplotypes most copied anywhere
-    `alike` (V, Q); how sharp the posteriors are at typed sites, `sharp` (R, M, Q); the typed sites on both sides
-    and the distances to them (V,); minor alleles among the others, `count` (V, Q) of `total` (Q,)."""
+    """What chains of R rates say of Q haplotypes at some sites: the probability of the minor allele `x` (R,
+    V, Q), from the typed sites before and after alone `before`, `after` (V, Q), from the haplotypes most
+    copied anywhere `alike` (V, Q); how sharp the posteriors are at typed sites, `sharp` (R, M, Q); the typed
+    sites on both sides and the distances to them (V,); minor alleles among the others, `count` (V, Q) of
+    `total` (Q,)."""
 
     x: torch.Tensor
     before: torch.Tensor
@@ -305,9 +309,9 @@ def log_odds(p, least=2e-4):
 
 
 def copied(query, typed, reference, minor, cm, sites, rates, error, keep=None):
-    """Copied for haplotypes query (M, Q), -1 unknown, known at rows `typed` (M,) of a panel whose alleles there are
-    reference (M, S), at rows `sites` (V,), where its minor alleles are minor (V, S). `keep` (Q, S) says whom each may
-    copy. cm: genetic positions of all rows."""
+    """Copied for haplotypes query (M, Q), -1 unknown, known at rows `typed` (M,) of a panel whose alleles
+    there are reference (M, S), at rows `sites` (V,), where its minor alleles are minor (V, S). `keep` (Q, S)
+    says whom each may copy. cm: genetic positions of all rows."""
     M, Q = query.shape
     V, R = len(sites), len(rates)
     at = torch.from_numpy(np.ascontiguousarray(cm[typed]))
@@ -354,7 +358,7 @@ def copied(query, typed, reference, minor, cm, sites, rates, error, keep=None):
 
 
 class CopyHead(nn.Module):
-    """Log odds of the minor allele from Copied.features: the mean over the chains, and what a network adds."""
+    """Log odds of the minor allele from Copied.features: the chains' mean, and what a network adds."""
 
     def __init__(self, n_rates, dim):
         super().__init__()
@@ -375,11 +379,12 @@ class CopyHead(nn.Module):
 # Retrieval.
 
 class Retriever:
-    """Panel segments of each window nearest to a haplotype on its typed sites: L2 between alleles written ±1, 0
-    where unknown, which is four times the number of differing sites, plus a constant. Equal ones in panel order.
+    """Panel segments of each window nearest to a haplotype on its typed sites: L2 between alleles written ±1,
+    0 where unknown, which is four times the number of differing sites, plus a constant. Equal ones in panel
+    order.
 
-    kind: "flat" and "ivf" by FAISS, "torch" without; an index is built when its window is first asked for, and
-    kept in `folder` under a fingerprint of the panel, the window and the kind."""
+    kind: "flat" and "ivf" by FAISS, "torch" without; an index is built when its window is first asked for,
+    and kept in `folder` under a fingerprint of the panel, the window and the kind."""
 
     def __init__(self, panel, columns, kind, folder=None, n_probe=8):
         self.panel, self.columns, self.kind, self.n_probe, self.built = panel, columns, kind, n_probe, {}
@@ -390,7 +395,8 @@ class Retriever:
             common.needs("faiss", "for INDEX flat or ivf; INDEX=torch does without")
 
     def vectors(self, first, end):
-        """(S, sites + 1): the last column orders equals, by at most 3.9, less than one site's difference of 4."""
+        """(S, sites + 1): the last column orders equals, by at most 3.9, less than one site's difference of
+        4."""
         part = self.panel.alleles[first:end][:, self.columns].T.float() * 2 - 1
         order = torch.arange(len(part)).float() * (3.9 / len(part))
         return torch.cat([part, order.sqrt()[:, None]], 1)
@@ -424,29 +430,34 @@ class Retriever:
         return found
 
     def nearest(self, tokens, window, k, banned=None):
-        """(Q, k) columns of the panel nearest to tokens (Q, sites), MASKED = unknown; banned (Q, 2) columns are left out."""
+        """(Q, k) columns of the panel nearest to tokens (Q, sites), MASKED = unknown; banned (Q, 2) columns
+        are left out."""
         first, end = window
         query = torch.where(tokens == MASKED, 0.0, tokens.float() * 2 - 1)
         query = torch.cat([query, torch.zeros(len(query), 1)], 1)
         n = len(self.columns)
-        wanted = min(n, k + (0 if banned is None else banned.shape[1]))
+        spare = 0 if banned is None else banned.shape[1]
+        if n < k + spare:
+            raise common.BadInput(f"K {k} is more than the {n - spare} haplotypes there are to retrieve")
+        wanted = k + spare
         index = self.index(int(first), int(end))
-        if self.kind == "torch":
-            distance = torch.cdist(query.double(), index.double()).square()
-            found = distance.topk(wanted, largest=False, sorted=True).indices
-        else:
-            found = torch.from_numpy(index.search(query.numpy(), wanted)[1])
-        found = torch.where(found < 0, found[:, :1], found)          # an IVF cell may hold fewer
+        def search():
+            if self.kind == "torch":
+                distance = torch.cdist(query.double(), index.double()).square()
+                return distance.topk(wanted, largest=False, sorted=True).indices
+            return torch.from_numpy(index.search(query.numpy(), wanted)[1])
+
+        found = search()
+        if self.kind == "ivf" and (found < 0).any():                 # its cells held fewer: look into all
+            index.nprobe = index.nlist
+            found = search()
+            index.nprobe = self.n_probe
         names = torch.as_tensor(self.columns)[found]
         if banned is not None:
             own = (names[:, :, None] == banned[:, None]).any(2)
-            order = own.int().argsort(1, stable=True)
+            order = own.int().argsort(dim=1, stable=True)
             names = names.gather(1, order)[:, :k]
-            assert not (names[:, :, None] == banned[:, None]).any(), (
-                "a haplotype was retrieved for its own person"
-            )
-        if names.shape[1] < k:
-            raise common.BadInput(f"K {k} is more than the {names.shape[1]} haplotypes there are to retrieve")
+            assert not (names[:, :, None] == banned[:, None]).any(), "retrieved for its own person"
         return names[:, :k]
 
 
@@ -464,8 +475,9 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin):
         B, T, D = x.shape
-        q, k, v = self.qkv(self.norms[0](x)).view(B, T, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(common.rotate(q, cos, sin), common.rotate(k, cos, sin), v)
+        q, k, v = self.qkv(self.norms[0](x)).view(B, T, 3, self.n_heads, -1).unbind(2)
+        q, k = common.rotate(q, cos, sin), common.rotate(k, cos, sin)
+        y = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)))
         x = x + self.out(y.transpose(1, 2).reshape(B, T, D))
         return x + self.mlp(self.norms[1](x))
 
@@ -530,13 +542,13 @@ class Imputer(nn.Module):
                 nn.init.zeros_(head.weight)
                 nn.init.zeros_(head.bias)
             cos, sin = common.rope_table(dim // n_heads, window_sites, theta=1e4)
-            self.cos, self.sin = nn.Buffer(cos, persistent=False), nn.Buffer(sin, persistent=False)
+            self.cos, self.sin = (nn.Buffer(x[None], persistent=False) for x in (cos, sin))
 
     def encode(self, tokens, numbers):
         """(N, T, D) of tokens (N, T) and what is known of the sites, numbers (N, T, 7)."""
         x = self.alleles(tokens) + self.numbers(numbers)
         for block in self.layers:
-            x = block(x, self.cos[:tokens.shape[1]], self.sin[:tokens.shape[1]])
+            x = block(x, self.cos[:, : tokens.shape[1]], self.sin[:, : tokens.shape[1]])
         return self.norm(x)
 
     def encode_many(self, tokens, numbers):
@@ -549,9 +561,9 @@ class Imputer(nn.Module):
         return torch.cat(parts)
 
     def forward(self, features=None, tokens=None, numbers=None, frequency=None, references=None, flip=None):
-        """features (..., F) alone → log odds of the minor allele (...,). flip (T,): where that is REF. tokens (B, 2, T), numbers (B, T, 7), frequency
-        (B, T, 2), references (B, 2, K, T) → a dict: `haplotype` (B, 2, T) log odds of ALT, `genotype` (B, T, 3) logits,
-        `rebuilt` (B, 2, T)."""
+        """features (..., F) alone → log odds of the minor allele (...,). flip (T,): where that is REF. tokens
+        (B, 2, T), numbers (B, T, 7), frequency (B, T, 2), references (B, 2, K, T) → a dict: `haplotype` (B,
+        2, T) log odds of ALT, `genotype` (B, T, 3) logits, `rebuilt` (B, 2, T)."""
         if tokens is None:
             return self.copy(features)
         B, _, T = tokens.shape
@@ -584,10 +596,11 @@ def focal_classes(logits, target, gamma):
 # Examples.
 
 class Examples:
-    """Haplotypes of people to learn from or to impute, and all that a model is told of them at some typed sites.
+    """Haplotypes of people to learn from or to impute, and all that a model is told of them at some typed
+    sites.
 
-    alleles (V, 2N) int8; donors: columns of the panel that may be copied; own (N, 2): each person's columns there,
-    -1 where he has none; population (N,)."""
+    alleles (V, 2N) int8; donors: columns of the panel that may be copied; own (N, 2): each person's columns
+    there, -1 where he has none; population (N,)."""
 
     def __init__(self, panel, alleles, donors, own, population, retriever=None):
         self.panel, self.alleles, self.donors, self.own = panel, alleles, torch.as_tensor(donors), own
@@ -609,7 +622,7 @@ class Examples:
                       panel.minor(sites, self.donors), panel.cm, sites, rates, error, self.keep(people))
 
     def window(self, people, typed, window, k):
-        """The BERT's input for people in a window: tokens, numbers, frequency, references; typed (V,) bool."""
+        """The BERT's input for people in a window; typed (V,) bool."""
         first, end = window
         rows, panel = slice(first, end), self.panel
         columns = self.haplotypes(people)
@@ -635,7 +648,7 @@ class Examples:
 
 
 def copy_window(examples, copies, people, rows):
-    """Features (B, 2, T, F) of the copying head at rows [first, end), ready to be added to log odds of ALT."""
+    """The copying head's features (B, 2, T, F) at `rows` of a window."""
     T, Q = len(rows), 2 * len(people)
     v, q = torch.meshgrid(torch.arange(T), torch.arange(Q), indexing="ij")
     return (
@@ -653,7 +666,8 @@ def towards_alt(logits, flip):
 
 @torch.no_grad()
 def dosages(run, model, examples, typed, windows=None, progress=None):
-    """Float32 (V, 2N): probability of ALT of each haplotype at each site; typed (V,) bool. NaN outside `windows`."""
+    """Float32 (V, 2N): probability of ALT of each haplotype at each site; typed (V,) bool. NaN outside
+    `windows`."""
     panel, n = examples.panel, examples.alleles.shape[1] // 2
     out = torch.full((len(panel), 2 * n), math.nan)
     if model.kind == "copy":
@@ -713,8 +727,8 @@ def apply_copy(model, copies, block=1 << 18):
 
 
 def chains(panel, typed, rows):
-    """Pieces of at most CHAIN_SITES typed sites, overlapping by a tenth: (typed rows, the rows that they tell of, the
-    weight of the piece against the one before)."""
+    """Pieces of at most CHAIN_SITES typed sites, overlapping by a tenth: (typed rows, the rows that they tell
+    of, the weight of the piece against the one before)."""
     where = np.flatnonzero(typed)
     if len(where) < 1:
         raise common.BadInput("no typed site to impute from")
@@ -736,8 +750,9 @@ def chains(panel, typed, rows):
 # Phasing of unphased typed people.
 
 def phase(gt, loose, reference, distance, rate, error, sweeps):
-    """Haplotypes (M, N, 2) of genotypes whose heterozygotes `loose` (M, N) are in unknown order: against the panel, a
-    first pass orders each by what came before, then sweeps swap what follows a site where that is likelier."""
+    """Haplotypes (M, N, 2) of genotypes whose heterozygotes `loose` (M, N) are in unknown order: against the
+    panel, a first pass orders each by what came before, then sweeps swap what follows a site where that is
+    likelier."""
     M, N, _ = gt.shape
     S = reference.shape[1]
     gt = gt.clone()
@@ -837,10 +852,10 @@ def panel_samples():
 
 
 def accuracy(probability, truth, panel, typed):
-    """Metrics of haplotype probabilities of ALT (V, 2N) against genotypes truth (V, N), -1 unknown, at untyped sites
-    that vary in the panel: by bin of panel MAF dosage r² (pooled), precision, recall and F1 of carriers of the
-    minor allele, the number of sites; and `calibration`: mean distance, over tenths of probability weighted by their
-    size, between what was said and what was true."""
+    """Metrics of haplotype probabilities of ALT (V, 2N) against genotypes truth (V, N), -1 unknown, at
+    untyped sites that vary in the panel: by bin of panel MAF dosage r² (pooled), precision, recall and F1 of
+    carriers of the minor allele, the number of sites; and `calibration`: mean distance, over tenths of
+    probability weighted by their size, between what was said and what was true."""
     flip = panel.flip[:, None]
     dose = probability.view(len(probability), -1, 2).sum(2)
     dose, count = torch.where(flip, 2 - dose, dose), torch.where(flip & (truth >= 0), 2 - truth, truth)
@@ -883,7 +898,8 @@ def table(found):
     for name, *_ in BINS:
         x = found[name]
         lines.append(
-            f"{name:>10} {x['sites']:>7} {x['r2']:>7.4f} {x['precision']:>10.4f} {x['recall']:>7.4f} {x['f1']:>7.4f}"
+            f"{name:>10} {x['sites']:>7} {x['r2']:>7.4f} {x['precision']:>10.4f} {x['recall']:>7.4f} "
+            f"{x['f1']:>7.4f}"
         )
     return "\n".join([*lines, f"calibration error {found.get('calibration', 0):.5f}"])
 
@@ -1076,8 +1092,9 @@ def main():
     record = common.Record(run, OUT, STEPS, begin, WANDB, constants, state)
     parameters = sum(p.numel() for p in model.parameters())
     record.show(
-        f"{MODEL}, {parameters / 1e3:.0f}k parameters; {panel.file.name}: {len(panel):,} sites, {len(train)} + "
-        f"{len(valid)} people, {len(panel.windows)} windows; {run.world} × {run.device} {str(run.dtype)[6:]}; {OUT}"
+        f"{MODEL}, {parameters / 1e3:.0f}k parameters; {panel.file.name}: {len(panel):,} sites, "
+        f"{len(train)} + {len(valid)} people, {len(panel.windows)} windows; {run.world} × {run.device} "
+        f"{str(run.dtype)[6:]}; {OUT}"
     )
 
     def loss_of(batch):
@@ -1165,7 +1182,7 @@ def main():
             ["valid_f1_all"],
         )
     run.say(
-        f"done: {OUT}/best.pt, accuracy.png, curves.png; now: python train_rag_bert.py IMPUTE=typed.vcf.gz ..."
+        f"done: {OUT}/best.pt, accuracy.png, curves.png; now: train_rag_bert.py IMPUTE=typed.vcf.gz"
     )
     common.stop(run)
     return flat(metrics)
@@ -1278,11 +1295,12 @@ def check(run, panel, probability, given, typed):
 
 
 def write_imputed(path, panel, probability, given, rows, alleles):
-    """GT:DS:HDS:GP of every panel variant; what was typed stays as it was given. AF and DR2 are of the people here: DR2
-    is the variance of the haplotypes' dosages over that of alleles of this frequency (as Minimac's Rsq)."""
+    """GT:DS:HDS:GP of every panel variant; what was typed stays as it was given. AF and DR2 are of the people
+    here: DR2 is the variance of the haplotypes' dosages over that of alleles of this frequency (as Minimac's
+    Rsq)."""
     meta = [
         '##INFO=<ID=AF,Number=A,Type=Float,Description="Estimated ALT allele frequency">',
-        '##INFO=<ID=DR2,Number=A,Type=Float,Description="Estimated squared correlation of dosages with the truth">',
+        '##INFO=<ID=DR2,Number=A,Type=Float,Description="Estimated squared correlation with the truth">',
         '##INFO=<ID=IMP,Number=0,Type=Flag,Description="Imputed">',
         '##INFO=<ID=TYPED,Number=0,Type=Flag,Description="Typed in the input">',
         '##FORMAT=<ID=GT,Number=1,Type=String,Description="Genotype">',

@@ -3,9 +3,10 @@
     python data/prepare_genotypes.py PANEL=panel.vcf.gz SAMPLES=samples.panel OUT=data/genotypes
     python data/prepare_genotypes.py PANEL=panel.vcf.gz TYPED=typed.vcf.gz
 
-The first line writes OUT/panel.vcf.h5 (scikit-allel's layout), OUT/Freq.npy (ref, het, hom, af × populations, the
-last one all of them × sites) and OUT/windows.csv (first and one past the last site of each window); the second
-says how the typed file's records fit the panel's. A variant is (chromosome, position, REF, ALT), nothing less.
+The first line writes OUT/panel.vcf.h5 (scikit-allel's layout), OUT/Freq.npy (ref, het, hom, af × populations,
+the last one all of them × sites) and OUT/windows.csv (first and one past the last site of each window); the
+second says how the typed file's records fit the panel's. A variant is (chromosome, position, REF, ALT),
+nothing less.
 """
 
 import collections
@@ -70,8 +71,8 @@ def plain(chrom):
 
 
 def read(path):
-    """Genotypes of a .vcf(.gz), .bcf or .h5 file. Records with several ALT alleles, and repeated ones, are left
-    out and counted in `dropped`; unsorted, truncated or haploid files are refused."""
+    """Genotypes of a .vcf(.gz), .bcf or .h5 file. Records with several ALT alleles, and repeated ones, are
+    left out and counted in `dropped`; unsorted, truncated or haploid files are refused."""
     path = Path(path)
     if not path.is_file():
         raise common.BadInput(f"no genotypes at {path}")
@@ -128,8 +129,8 @@ def _read_vcf(path):
             if calls.shape[1] != 3 or (calls[:, :2] == -2).any():
                 odd = int(np.argmax((calls[:, :-1] == -2).any(1))) if calls.shape[1] == 3 else 0
                 raise common.BadInput(
-                    f"{path}: {record.CHROM}:{record.POS}, sample {samples[odd]!r} is not diploid; haploid calls "
-                    "(chromosome X of men, mitochondria) must be left out or written as homozygous"
+                    f"{path}: {record.CHROM}:{record.POS}, sample {samples[odd]!r} is not diploid; "
+                    "haploid calls (men's X, mitochondria) must be left out or written as homozygous"
                 )
             rows.append((record.CHROM, record.POS, record.ID or ".", record.REF, record.ALT[0]))
             genotypes.append(calls[:, :2].astype(np.int8))
@@ -303,10 +304,11 @@ def write_vcf(found, path):
 
 
 def match(typed, panel, least=0.1):
-    """(panel's row of each typed record kept, those records with the panel's alleles, what was dropped and why).
+    """(panel's row of each typed record kept, those records with the panel's alleles, what was dropped and
+    why).
 
-    REF and ALT that are swapped, or given for the other strand, are turned; A/T and C/G pairs that would need it
-    are ambiguous and dropped. Refused are other chromosomes and a file of which less than `least` fits."""
+    REF and ALT that are swapped, or given for the other strand, are turned; A/T and C/G pairs that would need
+    it are ambiguous and dropped. Refused are other chromosomes and a file of which less than `least` fits."""
     if plain(typed.chrom[0]) != plain(panel.chrom[0]):
         raise common.BadInput(
             f"{typed.name} is of chromosome {typed.chrom[0]}, the panel {panel.name} of {panel.chrom[0]}"
@@ -325,8 +327,8 @@ def match(typed, panel, least=0.1):
                 (other, False, "other strand, turned"),
                 (other[::-1], True, "other strand and swapped, turned"),
             ]
-        for (r, a), turned, note in options:
-            row = index.get((pos, r, a))
+        for pair, turned, note in options:      # noqa: B007 (read after the loop)
+            row = index.get((pos, *pair))
             if row is not None:
                 break
         else:
@@ -358,7 +360,7 @@ def match(typed, panel, least=0.1):
 
 
 def populations(path, samples):
-    """(names of the populations, number of each sample's); SAMPLES has sample, population, ... on each line."""
+    """(names of the populations, number of each sample's); a line is: sample, population, ..."""
     if not path:
         return ["all"], np.zeros(len(samples), int)
     if not Path(path).is_file():
@@ -378,8 +380,8 @@ def populations(path, samples):
 
 
 def frequencies(found, names, number):
-    """Float32 (4, populations + 1, V): share of ref, het and hom genotypes and ALT frequency; the last row is all.
-    A site without one call in a population takes the frequencies of all."""
+    """Float32 (4, populations + 1, V): share of ref, het and hom genotypes and ALT frequency; the last row is
+    all. A site without one call in a population takes the frequencies of all."""
     dose = found.gt.astype(np.int16).sum(2)
     known = (found.gt >= 0).all(2)
     out = np.zeros((4, len(names) + 1, len(dose)), np.float32)
@@ -415,8 +417,8 @@ def genetic(path, pos):
 
 
 def windows(cm, sites=1020, length=0.0, overlap=0.1):
-    """(W, 2) first and one past the last site of windows of at most so many sites and so many cM, each repeating
-    a share of the one before; together they hold every site."""
+    """(W, 2) first and one past the last site of windows of at most so many sites and so many cM, each
+    repeating a share of the one before; together they hold every site."""
     out, first, n = [], 0, len(cm)
     while True:
         end = min(first + sites, n)

@@ -1,16 +1,16 @@
 """Simulate people whose genotypes are to be imputed: a panel, typed people, their truth, a genetic map.
 
-    python data/simulate_genotypes.py                     data/genotypes/{panel,typed,truth}.vcf.gz, map, samples
+    python data/simulate_genotypes.py        data/genotypes/{panel,typed,truth}.vcf.gz, map.gz, samples.panel
 
-Coalescent with recombination and mutation by msprime (doi:10.1093/genetics/iyab229), a demography like that of
-Europeans in Gutenkunst et al. 2009 (doi:10.1371/journal.pgen.1000695): 7,300 ancestors grow to 12,300 5,920
-generations ago, a branch of 2,100 leaves 5,600 generations ago, is 1,000 and grows by 0.4% a generation from 848
-ago, and splits 220 generations ago into north, west and south with a little migration since. South is split once
-more 120 generations ago; that part, `island`, is not in the panel: typed people come from it and from `west`.
-Mutations 1.25e-8 a base and generation (Jukes-Cantor, so alleles are bases), recombination on average
-1.1e-8 with hotspots: the rate of each 20 kb is drawn log-normally (σ = 1.5). Kept are sites with two alleles
-that vary among the panel's or the typed people. Typed are TYPED of the sites, drawn in proportion to their
-panel minor allele frequency, at most 0.2: what arrays look like. Deterministic by SEED.
+Coalescent with recombination and mutation by msprime (doi:10.1093/genetics/iyab229), a demography like that
+of Europeans in Gutenkunst et al. 2009 (doi:10.1371/journal.pgen.1000695): 7,300 ancestors grow to 12,300
+5,920 generations ago, a branch of 2,100 leaves 5,600 generations ago, is 1,000 and grows by 0.4% a generation
+from 848 ago, and splits 220 generations ago into north, west and south with a little migration since. South
+is split once more 120 generations ago; that part, `island`, is not in the panel: typed people come from it
+and from `west`. Mutations 1.25e-8 a base and generation (Jukes-Cantor, so alleles are bases), recombination
+on average 1.1e-8 with hotspots: the rate of each 20 kb is drawn log-normally (σ = 1.5). Kept are sites with
+two alleles that vary among the panel's or the typed people. Typed are TYPED of the sites, drawn in proportion
+to their panel minor allele frequency, at most 0.2: what arrays look like. Deterministic by SEED.
 """
 
 import dataclasses
