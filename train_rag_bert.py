@@ -485,7 +485,8 @@ class Block(nn.Module):
 class Imputer(nn.Module):
     """The copying head, the BERT with retrieval and fusion, or their mixture: log odds of alleles.
 
-    The BERT's log odds are added to the copying head's, from heads that begin with zero."""
+    The BERT's heads begin with zero; what they say is added to the copying head's log odds, or, alone, to those
+    of the panel's frequency."""
 
     def __init__(
         self,
@@ -577,7 +578,11 @@ class Imputer(nn.Module):
         if features is not None:
             copy = self.copy(features)
             logits = logits + torch.where(flip, -copy, copy)
-        return {"haplotype": logits, "genotype": self.genotype(x.sum(1)).float(),
+        else:
+            logits = logits + log_odds(frequency[..., 0], 1e-3)[:, None]
+        p = frequency[..., :1].clamp(1e-3, 1 - 1e-3)
+        expected = torch.cat([(1 - p) ** 2, 2 * p * (1 - p), p**2], -1).log()
+        return {"haplotype": logits, "genotype": self.genotype(x.sum(1)).float() + expected,
                 "rebuilt": torch.sigmoid(self.rebuild(x)[..., 0].float())}
 
 
