@@ -485,8 +485,8 @@ class Block(nn.Module):
 class Imputer(nn.Module):
     """The copying head, the BERT with retrieval and fusion, or their mixture: log odds of alleles.
 
-    The BERT's heads begin with zero; what they say is added to the copying head's log odds, or, alone, to those
-    of the panel's frequency."""
+    The BERT's heads begin with zero; what they say is added to the copying head's log odds, or, alone, to
+    those of the panel's frequency."""
 
     def __init__(
         self,
