@@ -3284,9 +3284,8 @@ def exact_match(run: Run, model: nn.Module, tokenizer, conversations: Sequence[l
     for at in range(0, len(asked), 16):
         part = asked[at:at + 16]
         answers = [""] * len(part)
-        with run.autocast():
-            for row, piece in stream(model, table, [p for p, _ in part], longest + 1, temperature=0.0):
-                answers[row] += piece
+        for row, piece in stream(model, table, [p for p, _ in part], longest + 1, temperature=0.0):
+            answers[row] += piece                        # in the weights' own precision, as the cache is
         right += sum(a.strip() == wanted for a, (_, wanted) in zip(answers, part, strict=True))
     model.train()
     right, count = run.sum(right, len(asked))

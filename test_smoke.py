@@ -2581,6 +2581,8 @@ def test_fine_tuning_learns_the_answers(train_chat, chats, tmp_path, monkeypatch
     assert found["nats_per_answer_token"] < 0.3 * first["valid_nats_per_answer_token"]
     assert found["exact_match"] > 0.5 and found["exact_of"] > 10          # guessing: 1 of 20
     assert json.loads((tmp_path / "run/config.json").read_text())["sizes"]["seq_len"] == 128
+    scored = train_chat(EVAL=str(chats), DTYPE="bfloat16")              # answers in the weights' own precision
+    assert scored["exact_match"] > 0.5
     scored = train_chat(EVAL=str(chats))
     assert scored["exact_match"] > 0.5 and json.loads((tmp_path / "run/eval.json").read_text()) == scored
     questions, answers = tmp_path / "q.jsonl", tmp_path / "a.jsonl"

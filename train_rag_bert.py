@@ -39,6 +39,7 @@ FREQ = ""             # Freq.npy (ref, het, hom, af × populations, all × sites
 WINDOWS = ""          # CSV, first and one past the last site; "" = made of at most WINDOW_SITES
 WINDOW_SITES = 1020   # sites the BERT reads at once
 OVERLAP = 0.1         # share of a window that the next repeats
+FOREIGN = 0.5         # share of people who, while training, copy from other populations than theirs only
 VALID_SHARE = 0.1     # of the people, by a hash of their names; in training nobody copies from them
 
 # Model. PRESET "seed": dim 128, 8 layers, 4 heads, K 3, "enhanced" fusion, clamped weights, focal loss of 5,
@@ -611,20 +612,37 @@ class Examples:
         self.panel, self.alleles, self.donors, self.own = panel, alleles, torch.as_tensor(donors), own
         self.population, self.retriever = population, retriever
 
-    def keep(self, people):
-        """(2·people, donors) float: whom each haplotype may copy; None if anybody."""
+    def keep(self, people, foreign=None):
+        """(2·people, donors) float: whom each haplotype may copy, None if anybody: not himself; for those of
+        `foreign` (people,), nobody of their population."""
         own = self.own[people].repeat_interleave(2, 0)
-        return None if (own < 0).all() else (self.donors[None, :, None] != own[:, None]).all(2).float()
+        if (own < 0).all() and (foreign is None or not foreign.any()):
+            return None
+        keep = (self.donors[None, :, None] != own[:, None]).all(2)
+        if foreign is not None:
+            theirs = self.panel.population[self.donors // 2] != self.population[people][:, None]
+            foreign = foreign & (theirs.sum(1) > 1)
+            keep &= (theirs | ~foreign[:, None]).repeat_interleave(2, 0)
+        return keep.float()
 
     def haplotypes(self, people):
         """Their columns of `alleles`."""
         return (2 * torch.as_tensor(people)[:, None] + torch.arange(2)).flatten()
 
-    def copy(self, people, typed, sites, rates, error):
+    def copy(self, people, typed, sites, rates, error, foreign=None):
         """Copied of the people's haplotypes at rows `sites`, by what they have at rows `typed`."""
         panel, columns = self.panel, self.haplotypes(people)
-        return copied(self.alleles[typed][:, columns], typed, panel.alleles[typed][:, self.donors],
-                      panel.minor(sites, self.donors), panel.cm, sites, rates, error, self.keep(people))
+        return copied(
+            self.alleles[typed][:, columns],
+            typed,
+            panel.alleles[typed][:, self.donors],
+            panel.minor(sites, self.donors),
+            panel.cm,
+            sites,
+            rates,
+            error,
+            self.keep(people, foreign),
+        )
 
     def window(self, people, typed, window, k):
         """The BERT's input for people in a window; typed (V,) bool."""
@@ -670,7 +688,7 @@ def towards_alt(logits, flip):
 
 
 @torch.no_grad()
-def dosages(run, model, examples, typed, windows=None, progress=None):
+def dosages(run, model, examples, typed, windows=None, progress=None, foreign=False):
     """Float32 (V, 2N): probability of ALT of each haplotype at each site; typed (V,) bool. NaN outside
     `windows`."""
     panel, n = examples.panel, examples.alleles.shape[1] // 2
@@ -683,7 +701,14 @@ def dosages(run, model, examples, typed, windows=None, progress=None):
             size = max(1, int(MEMORY * 2**20 / max(states, 1)))
             for i in range(0, n, size):
                 people = torch.arange(i, min(i + size, n))
-                copies = examples.copy(people, part, sites, model.rates, model.error)
+                copies = examples.copy(
+                    people,
+                    part,
+                    sites,
+                    model.rates,
+                    model.error,
+                    torch.ones(len(people), dtype=torch.bool) if foreign else None,
+                )
                 out_part = torch.sigmoid(towards_alt(apply_copy(model, copies), panel.flip[sites]))
                 columns = examples.haplotypes(people)
                 old = out[sites][:, columns]
@@ -979,7 +1004,7 @@ def check_constants(run):
         VALID_WINDOWS=VALID_WINDOWS,
     )
     common.within(-1, math.inf, EVAL_EVERY=EVAL_EVERY)
-    common.within(0, 1, FLOOR=FLOOR, VALID_SHARE=VALID_SHARE, VALID_TYPED=VALID_TYPED)
+    common.within(0, 1, FLOOR=FLOOR, VALID_SHARE=VALID_SHARE, VALID_TYPED=VALID_TYPED, FOREIGN=FOREIGN)
     common.within(1e-9, 0.5, ERROR=ERROR)
     common.within(0, 0.9, OVERLAP=OVERLAP)
     common.divisible(DIM=(DIM, 2 * N_HEADS))
@@ -1041,7 +1066,10 @@ def main():
         typed = array_mask(rng, panel.maf, math.exp(rng.uniform(*np.log(ARRAY))))
         sites = np.sort(rng.choice(len(panel), min(len(panel), 6 * EXAMPLES), replace=False))
         sites = sites[~typed[sites]]
-        copies = examples.copy(people, np.flatnonzero(typed), sites, tuple(map(float, RATES)), ERROR)
+        foreign = torch.tensor(
+            [np.random.default_rng((SEED, 3, step, int(p))).random() < FOREIGN for p in people]
+        )
+        copies = examples.copy(people, np.flatnonzero(typed), sites, tuple(map(float, RATES)), ERROR, foreign)
         target = alleles[sites][:, examples.haplotypes(people)]
         usable = (copies.count > 0) & (copies.count < copies.total) & (target >= 0)
         telling = usable & (copies.x.amax(0) > 0.003) & (copies.x.amin(0) < 0.997)
@@ -1127,13 +1155,23 @@ def main():
         share = count / (known & typed).sum().clamp(min=1)
         return loss + GENOTYPE * 2 * genotype.sum() + RECONSTRUCTION * share * rebuilt, count
 
+    def judge(model):
+        """accuracy's metrics with all donors and, for the copying head, with none of the own population."""
+        found = accuracy(dosages(run, model, judged, array, windows), truth, panel, array)
+        if MODEL != "copy" or len(panel.names) < 2:
+            return found, None
+        return found, accuracy(dosages(run, model, judged, array, windows, foreign=True), truth, panel, array)
+
     def validate(step):
         model.eval()
-        metrics = accuracy(dosages(run, model, judged, array, windows), truth, panel, array)
+        metrics, strangers = judge(model)
         model.train()
-        record.log(step, **{f"valid_{k}": v for k, v in flat(metrics).items()})
+        more = (
+            {f"foreign_{k}": v for k, v in flat(strangers).items() if k.startswith("r2")} if strangers else {}
+        )
+        record.log(step, **{f"valid_{k}": v for k, v in (flat(metrics) | more).items()})
         state["since"] += 1
-        mean = -sum(metrics[name]["r2"] for name, *_ in BINS[:-1]) / (len(BINS) - 1)
+        mean = -sum(m[name]["r2"] for m in (metrics, strangers) if m for name, *_ in BINS[:-1])
         if mean < state["best"]:
             state.update(best=mean, since=0)
             common.save_best(run, OUT, step, model, flat(metrics))
@@ -1171,13 +1209,16 @@ def main():
 
     best = run.share(common.load(Path(OUT) / "best.pt") if run.first else None)
     last_model = build(best).to(run.device).eval()
-    metrics = accuracy(dosages(run, last_model, judged, array, windows), truth, panel, array)
-    record.log(step, **flat(metrics), final=True)
+    metrics, strangers = judge(last_model)
+    more = {f"foreign_{k}": v for k, v in flat(strangers).items() if k.startswith("r2")} if strangers else {}
+    record.log(step, **flat(metrics), **more, final=True)
     common.export_weights(run, OUT, best)
     state["finished"] = True
     common.save(run, OUT, step, model, optimizers, state, constants)
     record.close()
     run.say(f"{len(valid)} people not trained on, {int(array.sum())} typed sites:\n{table(metrics)}")
+    if strangers:
+        run.say(f"the same without their own populations in the panel:\n{table(strangers)}")
     if run.first:
         plot_accuracy(metrics, OUT)
         common.plot_curves(
