@@ -46,6 +46,7 @@ from data import (
     prepare_python_docs,
     prepare_text,
     prepare_tokenizer,
+    score_poetry,
     simulate_genotypes,
     simulate_muons,
 )
@@ -58,7 +59,8 @@ SCRIPTS = ["train_pretrain.py", "train_nsa_enwik8.py", "serve.py", "bench.py", "
            "data/simulate_muons.py", "data/fit_muons.py", "train_muon_dsa.py",
            "data/prepare_chats.py", "train_sft.py", "train_dpo.py",
            "export.py", "train_lora.py", "train_distill.py", "train_rag_bert.py",
-           "data/prepare_genotypes.py", "data/simulate_genotypes.py"]
+           "data/prepare_genotypes.py", "data/simulate_genotypes.py",
+           "data/score_poetry.py"]
 TINY = dict(
     DIM=32,
     N_LAYERS=2,
@@ -2581,7 +2583,7 @@ def test_fine_tuning_learns_the_answers(train_chat, chats, tmp_path, monkeypatch
     assert found["nats_per_answer_token"] < 0.3 * first["valid_nats_per_answer_token"]
     assert found["exact_match"] > 0.5 and found["exact_of"] > 10          # guessing: 1 of 20
     assert json.loads((tmp_path / "run/config.json").read_text())["sizes"]["seq_len"] == 128
-    scored = train_chat(EVAL=str(chats), DTYPE="bfloat16")              # answers in the weights' own precision
+    scored = train_chat(EVAL=str(chats), DTYPE="bfloat16")       # answers in the weights' own precision
     assert scored["exact_match"] > 0.5
     scored = train_chat(EVAL=str(chats))
     assert scored["exact_match"] > 0.5 and json.loads((tmp_path / "run/eval.json").read_text()) == scored
@@ -2692,6 +2694,32 @@ def test_a_batch_can_be_looked_at(train_chat, tmp_path, capsys):
     supervised = [line for line in shown if " loss " in line]
     assert any("'</s>'" in line for line in supervised) and any("'<s>'" in line for line in shown)
     assert 0 < len(supervised) < len(shown) and not (tmp_path / "run").exists()
+
+
+def test_poems_are_scored_by_their_form_and_wish(tmp_path, monkeypatch):
+    poem, other = "春眠不觉晓，处处闻啼鸟。\n夜来风雨声，花落知多少。", "白日依山尽，黄河入海流。"
+    rows = [("写一首含有“花”字的五言绝句。", poem, poem), ("作五言绝句一首，诗中要有“月”字。", poem, poem),
+            ("写一首五言绝句，四句的首字依次是“春处夜花”。", poem, poem),
+            ("以《春》为题写一首五言绝句。", other, poem), ("请接下一句：白日依山尽", "黄河入海流", "黄河入海流。"),
+            ("谁写了《春晓》？开头是“春眠”。", "李白", "孟浩然"),
+            ("这首诗属于五言绝句、七言绝句、五言律诗还是七言律诗？", "五言绝句", "五言绝句")]
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(json.dumps(
+        {"question": q, "task": score_poetry.task_of(q), "answer": a, "reference": r}) + "\n" for q, a, r in rows))
+    monkeypatch.setattr(score_poetry, "ANSWERS", str(path))
+    found = score_poetry.main()
+    assert found["form"] == {"n": 1, "form": 0.0} and found["acrostic"]["wish"] == 1
+    assert found["keyword"] == {"n": 2, "form": 1.0, "wish": 0.5, "another poem": 0.5}
+    assert found["next line"]["exact"] == 1 and found["author"]["exact"] == 0
+    monkeypatch.setattr(score_poetry, "ANSWERS", "")
+    monkeypatch.setattr(score_poetry, "OUT", str(tmp_path / "prompts.jsonl"))
+    monkeypatch.setattr(score_poetry, "VALID_SHARE", 0.5)
+    monkeypatch.setattr(score_poetry, "DATA", str(tmp_path / "chats.jsonl"))
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"conversations": [
+        {"role": "user", "content": f"{q}{i}"}, {"role": "assistant", "content": r}]}) + "\n"
+        for i in range(20) for q, _, r in rows[4:]))
+    lines = score_poetry.main()
+    assert 5 < len(lines) < 35 and all(json.loads(x)["task"] in ("next line", "author") for x in lines)
 
 
 # Preferences.

@@ -1,0 +1,141 @@
+"""Score answers to checkable questions on classical Chinese poetry: form, wished-for words, next lines,
+authors.
+
+    python data/score_poetry.py DATA=sft_poetry.jsonl.gz OUT=prompts.jsonl      its held-out questions
+    python serve.py CHECKPOINT=out/chat PROMPTS=prompts.jsonl ANSWERS=answers.jsonl
+    python data/score_poetry.py ANSWERS=answers.jsonl
+
+Held out are the conversations that train_sft.py holds out, by the same hash. A question's task is told by its
+words: a poem of four or eight lines of five or seven characters ("form"; "keyword" and "acrostic" where it
+must hold a character or begin its lines with given ones), the next or previous line or couplet, the author.
+Baselines, from the references alone: for keyword and acrostic another question's poem of the same form, for
+authors the commonest one.
+"""
+
+import collections
+import gzip
+import json
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+from data import prepare_chats, prepare_text
+
+DATA = ""                 # conversations (.jsonl, .jsonl.gz) whose held-out questions are written to OUT
+OUT = "prompts.jsonl"     # questions with `question`, `task` and `reference`, for serve.py
+VALID_SHARE = 0.02        # as in train_sft.py
+ANSWERS = ""              # what serve.py answered
+
+SHAPES = (
+    ("五言绝句|five-character quatrain", 4, 5), ("七言绝句|seven-character quatrain", 4, 7),
+    ("五言律诗|five-character eight-line", 8, 5), ("七言律诗|seven-character eight-line", 8, 7),
+)
+TASKS = (
+    ("next line", "请接下一句|的下一句是什么|对出下句|古诗接龙|Continue this line"),
+    ("next couplet", "请续写下一联|之后的两句是什么|接着背|Give the next couplet"),
+    ("previous line", "请写出“.*”的前一句|的上一句是什么|上句填空|补全诗句：_"),
+    ("author", "的作者是谁|谁写了|Who wrote|这首诗是谁写的|这首词是谁写的"),
+)
+
+
+def shape_of(question):
+    """(lines, characters a line) that the question asks for, or None."""
+    return next(((n, m) for words, n, m in SHAPES if re.search(words, question)), None)
+
+
+def task_of(question):
+    """The name of the task, "" for other questions."""
+    if shape_of(question) and "属于" not in question and "form" not in question:
+        if re.search("首字依次|藏头", question):
+            return "acrostic"
+        return "keyword" if re.search("诗中要有|含有“|字入诗", question) else "form"
+    return next((name for name, words in TASKS if re.search(words, question)), "")
+
+
+def lines_of(poem):
+    """The lines of a poem, without punctuation."""
+    return [line for line in re.split("[，。？！；、\n]+", poem.strip()) if line]
+
+
+def has_form(question, answer):
+    n, m = shape_of(question)
+    lines = lines_of(answer)
+    return len(lines) == n and all(len(line) == m for line in lines)
+
+
+def has_wish(question, answer):
+    """Whether a poem holds the character, or its lines begin with those, that were asked for."""
+    wished = re.search("[“\"'‘]([^”\"'’]+)[”\"'’]", question)[1]
+    if task_of(question) == "keyword":
+        return wished in answer
+    lines = lines_of(answer)
+    return len(lines) >= len(wished) and all(line[0] == c for line, c in zip(lines, wished, strict=False))
+
+
+def bare(text):
+    """Text without punctuation and space, to compare by."""
+    return re.sub(r"[\W_]+", "", text)
+
+
+def score(rows):
+    """{task: {"n", measure: share, ...}} of rows with question, task, reference, answer."""
+    found = {}
+    for task in dict.fromkeys(["form", "keyword", "acrostic", *(name for name, _ in TASKS)]):
+        mine = [r for r in rows if r["task"] == task]
+        if not mine:
+            continue
+        share = lambda hits: sum(hits) / len(mine)                          # noqa: B023 (used at once)
+        if task in ("form", "keyword", "acrostic"):
+            found[task] = {"n": len(mine), "form": share(has_form(r["question"], r["answer"]) for r in mine)}
+            if task != "form":
+                both = [(q, p) for q in mine for p in mine
+                        if q is not p and shape_of(q["question"]) == shape_of(p["question"])]
+                found[task] |= {
+                    "wish": share(has_wish(r["question"], r["answer"]) for r in mine),
+                    "another poem": sum(has_wish(q["question"], p["reference"]) for q, p in both)
+                    / max(len(both), 1),
+                }
+        else:
+            found[task] = {
+                "n": len(mine),
+                "exact": share(bare(r["answer"]) == bare(r["reference"]) for r in mine),
+            }
+            if task == "author":
+                found[task]["commonest"] = collections.Counter(
+                    bare(r["reference"]) for r in mine).most_common(1)[0][1] / len(mine)
+    return found
+
+
+def main():
+    if ANSWERS:
+        if not Path(ANSWERS).is_file():
+            raise common.BadInput(
+                f"there is no file {ANSWERS}; python serve.py PROMPTS={OUT} ANSWERS={ANSWERS} makes it"
+            )
+        rows = [json.loads(line) for line in Path(ANSWERS).read_text(encoding="utf-8").splitlines()]
+        found = score(rows)
+        for task, values in found.items():
+            print(f"{task:14}" + "".join(f"  {k} {v:.3f}" if isinstance(v, float) else f"  {v:5} questions"
+                                         for k, v in values.items()))
+        return found
+    if not DATA:
+        raise common.BadInput("give DATA=chats.jsonl.gz, or ANSWERS=answers.jsonl to score")
+    lines = []
+    with (gzip.open if DATA.endswith(".gz") else open)(DATA, "rt", encoding="utf-8") as file:
+        for line in file:
+            turns = json.loads(line)["conversations"]
+            question = turns[0]["content"]
+            held = prepare_text.held_out(prepare_chats.first_words(turns), VALID_SHARE)
+            if held and len(turns) == 2 and task_of(question):
+                lines.append(json.dumps({"prompt": question, "messages": turns[:1], "question": question,
+                                         "task": task_of(question), "reference": turns[1]["content"]},
+                                        ensure_ascii=False))
+    common.write_whole(Path(OUT), lambda file: file.write("".join(x + "\n" for x in lines).encode()))
+    print(f"{OUT}: {len(lines)} questions")
+    return lines
+
+
+if __name__ == "__main__":
+    common.cli(globals(), main)
