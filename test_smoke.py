@@ -2700,9 +2700,10 @@ def test_poems_are_scored_by_their_form_and_wish(tmp_path, monkeypatch):
     poem, other = "春眠不觉晓，处处闻啼鸟。\n夜来风雨声，花落知多少。", "白日依山尽，黄河入海流。"
     rows = [("写一首含有“花”字的五言绝句。", poem, poem), ("作五言绝句一首，诗中要有“月”字。", poem, poem),
             ("写一首五言绝句，四句的首字依次是“春处夜花”。", poem, poem),
-            ("以《春》为题写一首五言绝句。", other, poem), ("请接下一句：白日依山尽", "黄河入海流", "黄河入海流。"),
+            ("以《春》为题写一首五言绝句。", other, poem),
+            ("请接下一句：白日依山尽", "黄河入海流", "黄河入海流。"),
             ("谁写了《春晓》？开头是“春眠”。", "李白", "孟浩然"),
-            ("这首诗属于五言绝句、七言绝句、五言律诗还是七言律诗？", "五言绝句", "五言绝句")]
+            ("这首诗属于五言绝句、七言绝句还是五言律诗？", "五言绝句", "五言绝句")]
     path = tmp_path / "answers.jsonl"
     path.write_text("".join(json.dumps(
         {"question": q, "task": score_poetry.task_of(q), "answer": a, "reference": r}) + "\n" for q, a, r in rows))
