@@ -2705,8 +2705,9 @@ def test_poems_are_scored_by_their_form_and_wish(tmp_path, monkeypatch):
             ("谁写了《春晓》？开头是“春眠”。", "李白", "孟浩然"),
             ("这首诗属于五言绝句、七言绝句还是五言律诗？", "五言绝句", "五言绝句")]
     path = tmp_path / "answers.jsonl"
-    path.write_text("".join(json.dumps(
-        {"question": q, "task": score_poetry.task_of(q), "answer": a, "reference": r}) + "\n" for q, a, r in rows))
+    path.write_text("".join(
+        json.dumps({"question": q, "task": score_poetry.task_of(q), "answer": a, "reference": r}) + "\n"
+        for q, a, r in rows))
     monkeypatch.setattr(score_poetry, "ANSWERS", str(path))
     found = score_poetry.main()
     assert found["form"] == {"n": 1, "form": 0.0} and found["acrostic"]["wish"] == 1
