@@ -2132,6 +2132,11 @@ def test_copying_chains_equal_the_matrices():
                                                 None if allowed is None else allowed > 0)
                 close(found[r].double(), twin[m], 2e-5)
     assert (found[:, 0, :2] == 0).all() and (found[:, 3, 5] == 0).all()
+    long = torch.randint(0, 2, (600, 7), dtype=torch.int8)  # nobody but the one that may not be copied fits
+    for _, found in train_rag_bert.copy_posteriors(
+        long[:, :1], long, torch.full((600,), 1e-4), (100.0,), 1e-3, (torch.arange(7) > 0).float()[None]
+    ):
+        assert found.isfinite().all() and found[0, 0, 0] == 0
 
 
 def test_copied_dosages_are_read_between_the_typed_sites(people):
@@ -2293,6 +2298,8 @@ def test_fusion_begins_as_the_identity_and_reads_every_reference(make):
     fused.sum().backward()
     assert references.grad.abs().sum((0, 2, 3)).min() > 0
     close(fusion(x, references[:, [2, 0, 1]], frequency), fused)             # their order says nothing
+    other = torch.cat([references[:1], torch.randn_like(references[1:])])
+    assert torch.equal(fusion(x, other, frequency)[0], fused[0])             # nor do the next row's
 
 
 def test_rare_variants_weigh_more_only_where_the_form_tells_them_apart():
@@ -2318,6 +2325,34 @@ def test_a_masked_allele_is_not_seen_by_the_model(people, train_people):
                                                torch.zeros(6, dtype=torch.long), retriever)
             made.append(train_rag_bert.dosages(common.start(0, "float32"), model, examples, typed))
         assert torch.equal(*made), kind
+
+
+def test_the_mixture_begins_as_the_copying_head(people, train_people):
+    panel = train_people_panel(train_people)
+    typed = train_rag_bert.array_mask(np.random.default_rng(0), panel.maf, 0.2)
+    examples = train_rag_bert.Examples(panel, panel.alleles[:, :6], np.arange(6, 120), torch.full((3, 2), -1),
+                                       torch.zeros(3, dtype=torch.long),
+                                       train_rag_bert.Retriever(panel, np.arange(6, 120), "torch"))
+    found = {}
+    for kind in ("copy", "both"):
+        torch.manual_seed(0)
+        model = train_rag_bert.Imputer(
+            kind, (100.0, 500.0), 1e-3, 8, 16, 1, 2, 3, "concat", "power", 64
+        ).eval()
+        found[kind] = train_rag_bert.dosages(common.start(0, "float32"), model, examples, typed)
+    sure = (found["copy"] < 1e-3) | (found["copy"] > 1 - 1e-3)  # there the copying head alone asks nobody
+    assert panel.flip.any() and (found["both"] - found["copy"]).abs()[~sure].max() < 1e-4
+
+
+def test_people_may_be_made_to_copy_from_other_populations_only(people, train_people):
+    panel = train_people_panel(train_people)
+    examples = train_rag_bert.Examples(panel, panel.alleles, np.arange(4, 120), torch.arange(120).view(-1, 2),
+                                       panel.population)
+    keep = examples.keep(torch.tensor([5, 30, 31]), torch.tensor([True, False, True]))
+    populations = panel.population[torch.arange(4, 120) // 2]
+    assert torch.equal(keep[0] > 0, populations != panel.population[5])
+    assert torch.equal(keep[2] > 0, torch.arange(4, 120) // 2 != 30) and torch.equal(keep[4], keep[5])
+    assert torch.equal(keep[4] > 0, populations != panel.population[31])
 
 
 @pytest.mark.parametrize("model", ["copy", "bert", "both"])

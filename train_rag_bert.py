@@ -322,7 +322,6 @@ def copied(query, typed, reference, minor, cm, sites, rates, error, keep=None):
     here = torch.from_numpy(np.ascontiguousarray(cm[sites]))
     gaps = torch.stack([(here - at[left]).abs(), (at[right] - here).abs()])
     share = torch.where(gaps.sum(0) > 0, gaps[0] / gaps.sum(0).clamp(min=1e-12), 0.5).float()
-    share[torch.from_numpy(place < 0)] = 1.0  # before the first, it alone is known
     edges = np.searchsorted(place, np.arange(-1, M + 1))  # sites of interval m: edges[m + 1] .. edges[m + 2]
     x, before, after = torch.empty(R, V, Q), torch.empty(V, Q), torch.empty(V, Q)
     sharp, whole = torch.empty(R, M, Q), torch.zeros(Q, minor.shape[1])
