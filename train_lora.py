@@ -234,11 +234,11 @@ def main():
     record.log(step, **metrics, final=True)
     if MERGE:
         common.save_best(run, OUT, step, common.merge_lora(judged), metrics)
-    state["finished"] = True
-    common.save(run, OUT, step, model, optimizers, state, constants)
     record.close()
     if run.first:
         common.plot_curves(OUT, ["loss"], ["valid_nats_per_answer_token"])
+    state["finished"] = True  # the last thing: until now, a rerun goes on
+    common.save(run, OUT, step, model, optimizers, state, constants)
     run.say(f"done: {OUT}/adapter_model.safetensors, curves.png; ask it: python serve.py CHECKPOINT={home} "
             f"ADAPTER={OUT} PROMPTS=questions.jsonl")
     common.stop(run)

@@ -768,7 +768,7 @@ def simulated(run):
                 "detectors; for more: python data/simulate_muons.py EVENTS=20000")
         if run.first:
             simulate_muons.simulate(folder, EVENTS=EVENTS, NAME="muons", DETECTOR="random")
-    run.wait()
+    run.wait(common.PREPARE_TIMEOUT)
     return str(folder / "muons-*.pt")
 
 
@@ -933,8 +933,6 @@ def main():
     }  # looked at once, here
     record.log(step, **metrics, final=True)
     common.export_weights(run, OUT, best)
-    state["finished"] = True
-    common.save(run, OUT, step, model, optimizers, state, constants)
     record.close()
     if run.first:
         alone = dataclasses.replace(run, world=1)
@@ -945,6 +943,8 @@ def main():
             plot_event(alone, judged, events, test[0], ends[0], OUT)
         common.plot_curves(OUT, ["loss"], ["valid_angle_deg", "valid_entry_cm", "valid_exit_cm"]
                            if TASK == "regression" else ["valid_accuracy"])
+    state["finished"] = True  # the last thing: until now, a rerun goes on
+    common.save(run, OUT, step, model, optimizers, state, constants)
     run.say(f"done: {OUT}/best.pt, residuals.png, resolution.png, event.png, curves.png")
     common.stop(run)
     return metrics
