@@ -118,6 +118,9 @@ def cli(names: dict, main: Callable) -> None:
     try:
         override(names, sys.argv[1:])
         main()
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
     except BadInput as error:
         code = f"{script}: {error}"
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
@@ -142,14 +145,17 @@ def cli(names: dict, main: Callable) -> None:
             raise
         code = (f"{script}: {error.filename or 'a file'}: {error.strerror}; what was saved before is whole; "
                 "make room or choose another folder, then rerun the same command")
-    else:
-        return
     if not isinstance(code, int):
         print(f"error: {code}", file=sys.stderr, flush=True)
-    if dist.is_initialized() and code:  # the other ranks wait in a collective: leave without waiting for them
+        code = 1
+    if dist.is_initialized():
+        # Others may wait in a collective; and taking a group down can wait for ever for the lock of Python,
+        # which its own thread needs to let go of a tensor (torch 2.13, gloo): leave without either.
+        sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)
-    raise SystemExit(code if isinstance(code, int) else 1)
+        os._exit(code)
+    if code:
+        raise SystemExit(code)
 
 
 def _first_line(error: BaseException) -> str:
@@ -370,14 +376,12 @@ def _on_signal(run: Run, number: int) -> None:
 
 
 def stop(run: Run) -> None:
-    """Undo `start`: signals, lock, process group."""
+    """Undo `start`: signals, lock. The process group stays until the process ends, see `cli`."""
     for sign, handler in run.handlers.items():
         signal.signal(sign, handler)
     run.handlers = {}
     if run.lock:
         run.lock.close()
-    if run.world > 1 and dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def in_window(window: str, now: datetime.time | None = None) -> bool:
