@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -919,7 +920,7 @@ HANGS = 300  # seconds after which a run of `faults` is taken to hang
 FAULT_ALWAYS = "STEPS=48 SAVE_EVERY=3 EVAL_EVERY=12 LOG_EVERY=1 BATCH=4 MICRO_BATCH=2 WARMUP=2 DTYPE=float32"
 
 
-def fault_data(folder):
+def fault_data(folder, muons=True):
     """Fill a folder with tiny data for FAULT_WORDS: text and its tokens, conversations, pairs, muons."""
     rng, words = np.random.default_rng(0), "cat dog sun sea tree king 月 山 sees finds the".split()
     sentence = lambda: " ".join(rng.choice(words, rng.integers(4, 30)))
@@ -930,6 +931,8 @@ def fault_data(folder):
     for name, some in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in some), encoding="utf-8")
     prepare_text.prepare(folder / "text.jsonl", vocab_size=300, share=0.1, out=folder / "tokens")
+    if not muons:
+        return
     words = "NAME=muons DETECTOR=nominal EVENTS=96 SHARD=48 HITS=200 SEED=5 WORKERS=1"
     subprocess.run([sys.executable, "data/simulate_muons.py", f"OUT={folder}/muons", *words.split()],
                    cwd=Path(__file__).parent, check=True, stderr=subprocess.DEVNULL)
@@ -979,7 +982,7 @@ def last_step(out):
     return -1
 
 
-def saving(out):
+def writing(out):
     """Whether a file is just being written in OUT."""
     with contextlib.suppress(OSError):
         return any(name.endswith(".tmp") for name in os.listdir(out))
@@ -997,7 +1000,7 @@ def struck(process, out, moment, seconds, sign=signal.SIGKILL):
             raise common.BadInput(f"{out} hangs")
         if begin is None and (moment == "start" or last_step(out) not in (before, -1)):
             begin, pids = now, processes_of(out)
-        if begin is not None and now - begin >= seconds and (moment != "save" or saving(out)):
+        if begin is not None and now - begin >= seconds and (moment != "save" or writing(out)):
             if sign == signal.SIGKILL:
                 for pid in pids:  # known before: a file is written in milliseconds
                     with contextlib.suppress(ProcessLookupError):
@@ -1038,7 +1041,7 @@ def survive(script, words, folder, ranks, kills, rng, seconds):
         wait = rng.uniform(0, {"start": seconds, "run": 1.0, "save": 0.5}[moment])
         if not struck(started(script, words, out, ranks), out, moment, wait):
             break
-        done, inside = done + 1, inside + saving(out)
+        done, inside = done + 1, inside + writing(out)
         reached, kept = last_step(out), common.load_newest(out) if out.exists() else None
         loss = max(0, reached - (kept["step"] if kept else 0))
         lost = max(lost, loss)
@@ -1111,7 +1114,59 @@ def fault_row(name, found):
                differs="; ".join(f["differs"] for f in found if f["differs"]) or "nothing")
 
 
-BENCHMARKS = (limits, train, memory, tokenize, startup, generate, learn, nsa, dsa, chat, faults)
+def saving():
+    """What a checkpoint costs: size, seconds, share of the training time between two; what determinism costs.
+    """
+    rows, out = [], Path("out/bench/saving")
+    out.mkdir(parents=True, exist_ok=True)
+    run = common.start(0, "auto")
+    always, every = common.literals(vars(train_pretrain)), train_pretrain.SAVE_EVERY
+    for name, sizes in (("6M", dict(dim=256, n_layers=6, n_heads=4)), ("26M", {})):
+        model = our_model(compile=False, **sizes)
+        optimizers, batch = muon(model), full_rows(train_pretrain.BATCH)
+        step = trainer(run, model, optimizers, batch)
+        save = functools.partial(common.save, run, out, 1, model, optimizers, {}, always)
+        best = functools.partial(common.save_best, run, out, 1, model, {})
+        update, checkpoint, weights = fastest(REPEAT, step, save, best)
+        between = update * every
+        size = [(out / n).stat().st_size / 1e6 for n in ("checkpoint.pt", "best.pt")]
+        rows += [row(f"{name}, checkpoint.pt and best.pt", size[1], size[0], "MB"),
+                 row(f"{name}, the same, written and on the disk", weights, checkpoint, "s"),
+                 row(f"{name}, both, of the training between two (SAVE_EVERY {every})", between,
+                     weights + checkpoint, "s", (weights + checkpoint) / between)]
+        torch.use_deterministic_algorithms(True)
+        strict, = fastest(REPEAT, step)
+        torch.use_deterministic_algorithms(False)
+        seed = fastest(REPEAT, lambda: [common.random_state(run, i) for i in range(1000)])[0] / 1000
+        rows += [row(f"{name}, an update, torch's deterministic algorithms against ours", strict, update, "s",
+                     strict / update),
+                 row(f"{name}, seeding of an update, of its time", update, seed, "s", seed / update)]
+    line = lambda: [common.append_line(out / "lines.jsonl", {"step": i, "loss": 1.0}) for i in range(1000)]
+    rows.append(row("a line of metrics", None, fastest(REPEAT, line)[0] / 1000, "s"))
+    for path in out.iterdir():
+        path.unlink()
+    return rows
+
+
+def sharding():
+    """Peak memory of each of two processes while they train 76M parameters with AdamW: whole copies against
+    SHARD=True."""
+    peaks = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        fault_data(root, muons=False)
+        words = "DIM=768 N_LAYERS=12 N_HEADS=12 SAMPLE_EVERY=0 OPTIMIZER=adamw BATCH=2 MICRO_BATCH=1 STEPS=4 "
+        words += f"SAVE_EVERY=0 EVAL_EVERY=0 HIDDEN_DIM=2048 SEQ_LEN=64 COMPILE=no DATA={root}/tokens"
+        for shard in (False, True):
+            run_to_end("train_pretrain.py", [*words.split(), f"SHARD={shard}"], root / f"{shard}", 2)
+            said = Path(root / f"{shard}.log").read_text()
+            peaks[shard] = [int(n) for n in re.findall(r"\d+", re.search("peak memory.*", said)[0])]
+    return [row(f"resident set of process {i}, torch's own included", whole, cut, "MiB", whole / cut)
+            for i, (whole, cut) in enumerate(zip(peaks[False], peaks[True], strict=True))]
+
+
+BENCHMARKS = (limits, train, memory, tokenize, startup, generate, learn, nsa, dsa, chat, faults, saving,
+              sharding)
 
 
 def main():

@@ -756,7 +756,9 @@ def resume(run: Run, out: str | Path, constants: dict, again: bool, fingerprint:
                 out.mkdir(parents=True, exist_ok=True)
                 lock(run, out)
             if found and found["state"].get("fingerprint", "") != fingerprint:
-                raise BadInput(f"the data {constants.get('DATA')} changed since this run began (fingerprint "
+                data = "the data " + ", ".join(
+                    str(constants[k]) for k in ("DATA", "VALID", "INIT", "TEACHER") if constants.get(k))
+                raise BadInput(f"{data} changed since this run began (fingerprint "
                                f"{found['state'].get('fingerprint')}, now {fingerprint}); restore them, or "
                                "start over with RESUME=False")
             for name in RECORDS:

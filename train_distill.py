@@ -216,6 +216,7 @@ def main():
     optimizers = common.make_optimizers(model, OPTIMIZER, LR, MUON_LR, WEIGHT_DECAY)
     constants = common.literals(globals())
     fingerprint = f"{meta['fingerprint']} {held_meta['fingerprint']}"
+    fingerprint += " " + prepare_text.hash_file(common.newest_checkpoint(TEACHER))
     found = common.resume(run, OUT, constants, RESUME, fingerprint)
     state = found["state"] if found else {"fingerprint": fingerprint, "best": math.inf, "since": 0, "bad": 0}
     first = common.restore(run, found, model, optimizers) if found else 0

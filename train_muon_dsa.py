@@ -124,7 +124,10 @@ class Events:
         return len(self.place)
 
     def fingerprint(self):
-        return hashlib.sha256(b"".join(sorted(self.key))).hexdigest()[:16]
+        known = self.key
+        if self.y is not None:
+            known = [k + row.numpy().tobytes() for k, row in zip(self.key, torch.cat(self.y), strict=True)]
+        return hashlib.sha256(b"".join(sorted(known))).hexdigest()[:16]
 
     def split(self):
         """Indices of training, validation and test events."""
@@ -160,6 +163,8 @@ def read_shard(path, need_targets=True):
         raise common.BadInput(
             f"{path}: x_data is {shape}; it must be (N, T, 5) floats: x, y, z [m], time [ns], charge [pe]"
         )
+    if not x.numel():
+        raise common.BadInput(f"{path} has no event or no hit (x_data is {tuple(x.shape)}); remove it")
     bad = (~x.isfinite()).any(-1) & x.isfinite().any(-1)
     if bad.any():
         event, hit = bad.nonzero()[0].tolist()

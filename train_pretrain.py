@@ -96,11 +96,8 @@ class Rows:
     """Rows of token files: packed documents, or windows of the whole stream when `stride` > 0."""
 
     def __init__(self, folder, split, seq_len, stride=0):
-        self.tokens = np.memmap(folder / f"{split}.bin", np.uint16, "r")
-        bounds = np.load(folder / f"{split}.idx.npy")
-        if len(self.tokens) != bounds[-1]:
-            raise common.BadInput(f"{folder} is damaged ({len(self.tokens)} tokens, {bounds[-1]} expected); "
-                                  "remove it")
+        self.tokens = prepare_text.mapped(folder, f"{split}.bin")
+        bounds = prepare_text.bounds_of(folder, split, self.tokens)
         self.seq_len, self.stride, self.epoch = seq_len, stride, None
         if stride:
             last = len(self.tokens) - seq_len - 1
@@ -337,6 +334,7 @@ def main():
             record.close()
             common.leave(run, OUT, step, done.signal)
 
+    run.say(f"peak memory of each process: {run.peak_mib()} MiB")
     best = run.share(common.load(Path(OUT) / "best.pt") if run.first else None)
     judged = common.build(best)
     judged = run.wrap(judged, True) if SHARD and run.world > 1 else judged.to(run.device)
