@@ -12,9 +12,13 @@ and ours and the fastest of REPEAT is kept: these are shared machines.
 import contextlib
 import datetime
 import functools
+import importlib
 import json
 import math
+import os
 import platform
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,7 +38,14 @@ import train_muon_dsa
 import train_nsa_enwik8
 import train_pretrain
 import train_rag_bert
-from data import fit_muons, prepare_chats, prepare_python_docs, prepare_text, simulate_muons
+from data import (
+    fit_muons,
+    prepare_chats,
+    prepare_python_docs,
+    prepare_text,
+    simulate_genotypes,
+    simulate_muons,
+)
 
 DATA = ""            # text whose document lengths are used; "" = Python's documentation
 REPEAT = 5           # timings of each; the fastest counts
@@ -44,6 +55,7 @@ COMPILE = True       # compile our layers where a C++ compiler is there
 LENGTH = 512         # tokens a row
 ROWS = 4             # rows a forward; both models are fastest with few
 LONGEST = 16_384     # tokens in `nsa`; up to 65_536
+KILLS = 4            # by SIGKILL of each script and number of processes in `faults`
 CHECKPOINT = "out/muon"  # a trained train_muon_dsa.py, in `dsa`
 
 BIG = dict(dim=512, n_layers=8, n_heads=8, n_kv_heads=2, seq_len=512)  # 26M parameters at 6,400 tokens
@@ -1026,7 +1038,279 @@ def copy_plainly(panel, where, q, rate):
     return ((posterior[sites] * (1 - w) + posterior[sites + 1] * w) * alleles[:, others]).sum(1)
 
 
-BENCHMARKS = (limits, train, memory, tokenize, startup, generate, learn, nsa, dsa, chat, impute)
+# What `faults` runs: every training script with constants that train in seconds, after those it starts from.
+# {} is the folder that fault_data fills; a new script is a new line here.
+FAULT_WORDS = {
+    "train_pretrain.py": "DATA={}/tokens SEQ_LEN=64 DIM=32 N_LAYERS=2 N_HEADS=4 EVAL_ROWS=4 SAMPLE_EVERY=10 "
+    "DROPOUT=0.1 COMPILE=no",
+    "train_nsa_enwik8.py": "DATA={}/text.jsonl SEQ_LEN=100 DIM=32 N_LAYERS=2 N_HEADS=2 N_KV_HEADS=1 "
+    "HEAD_DIM=16 EVAL_BYTES=1000 SAMPLE_EVERY=10 SAMPLE_LEN=20 COMPILE=no",
+    "train_muon_dsa.py": "DATA={}/muons/muons-*.pt SEQ_LEN=200 DIM=24 HIDDEN_DIM=48 N_HEADS=4 "
+    "HIT_DIM=24 VALID_SHARE=0.1 TEST_SHARE=0.1",
+    "train_sft.py": "DATA={}/chats.jsonl INIT={}/train_pretrain-1/whole VALID_SHARE=0.1 EVAL_ROWS=4 "
+    "EXACT_ROWS=10",
+    "train_dpo.py": "DATA={}/pairs.jsonl INIT={}/train_sft-1/whole VALID_SHARE=0.2 EVAL_PAIRS=8",
+    "train_lora.py": "DATA={}/chats.jsonl INIT={}/train_sft-1/whole GENERAL={}/chats.jsonl EVAL_ROWS=4 "
+    "EXACT_ROWS=10",
+    "train_distill.py": "DATA={}/chats.jsonl TEACHER={}/train_sft-1/whole DIM=24 N_LAYERS=1 N_HEADS=2 "
+    "N_KV_HEADS=1 EVAL_ROWS=4 EXACT_ROWS=10",
+    "train_rag_bert.py": "PANEL={}/people/panel.vcf.gz SAMPLES={}/people/samples.panel "
+                         "MAP={}/people/map.gz MODEL=both "
+    "DIM=16 N_LAYERS=1 N_HEADS=2 WINDOW_SITES=64 COPY_DIM=16 VALID_SHARE=0.15 VALID_WINDOWS=2",
+}
+HANGS = 300  # seconds after which a run of `faults` is taken to hang
+FAULT_ALWAYS = "STEPS=48 SAVE_EVERY=3 EVAL_EVERY=12 LOG_EVERY=1 BATCH=4 MICRO_BATCH=2 WARMUP=2 DTYPE=float32"
+
+
+def fault_data(folder, muons=True):
+    """Fill a folder with tiny data for FAULT_WORDS: text and its tokens, conversations, pairs, muons."""
+    rng, words = np.random.default_rng(0), "cat dog sun sea tree king 月 山 sees finds the".split()
+    sentence = lambda: " ".join(rng.choice(words, rng.integers(4, 30)))
+    say = lambda *turns: [dict(role=r, content=c) for r, c in zip(("user", "assistant"), turns, strict=True)]
+    rows = {"text": [{"text": sentence()} for _ in range(400)],
+            "chats": [{"conversations": say(str(i), rng.choice(words))} for i in range(200)],
+            "pairs": [{"chosen": say(str(i), "sun"), "rejected": say(str(i), "sea")} for i in range(60)]}
+    for name, some in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in some), encoding="utf-8")
+    prepare_text.prepare(folder / "text.jsonl", vocab_size=300, share=0.1, out=folder / "tokens")
+    if not muons:
+        return
+    words = "NAME=muons DETECTOR=nominal EVENTS=96 SHARD=48 HITS=200 SEED=5 WORKERS=1"
+    subprocess.run([sys.executable, "data/simulate_muons.py", f"OUT={folder}/muons", *words.split()],
+                   cwd=Path(__file__).parent, check=True, stderr=subprocess.DEVNULL)
+    simulate_genotypes.make(folder / "people", 0.2, (20, 20, 20), (2, 2), 0.2, seed=3)
+
+
+def started(script, words, out, ranks=1):
+    """A process that runs the script, or torchrun with it, into OUT=out; what it says goes to out.log."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [sys.executable, *(torchrun if ranks > 1 else []), script, *words, f"OUT={out}"]
+    with open(f"{out}.log", "a") as log:
+        return subprocess.Popen(command, cwd=Path(__file__).parent, stdout=log, stderr=subprocess.STDOUT,
+                                env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"})
+
+
+def run_to_end(script, words, out, ranks=1):
+    """The same, waited for; returns its seconds. Raises BadInput with its last lines if it fails."""
+    begin = time.perf_counter()
+    if started(script, words, out, ranks).wait(HANGS):
+        raise common.BadInput(f"{script} failed: " + Path(f"{out}.log").read_text()[-1500:])
+    return time.perf_counter() - begin
+
+
+def processes_of(out):
+    """Ids of the processes whose command has the word OUT=out: torchrun, too, and its workers."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if f"OUT={out}".encode() in place.read_bytes().split(b"\0"):
+                found.append(int(place.parent.name))
+    return found
+
+
+def kill_all(out):
+    """SIGKILL to all of them."""
+    while pids := processes_of(out):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def last_step(out):
+    """The step of the last whole line in OUT/metrics.jsonl, -1 where there is none."""
+    with contextlib.suppress(OSError):
+        steps = [common._step_of(line) for line in (Path(out) / "metrics.jsonl").read_bytes().split(b"\n")]
+        return int(max((s for s in steps if s < math.inf), default=-1))
+    return -1
+
+
+def writing(out):
+    """Whether a file is just being written in OUT."""
+    with contextlib.suppress(OSError):
+        return any(name.endswith(".tmp") for name in os.listdir(out))
+    return False
+
+
+def struck(process, out, moment, seconds, sign=signal.SIGKILL):
+    """Wait for the moment and send the signal; returns whether it came before the end. `moment`: "start",
+    `seconds` from now; "run", so long after the next line of metrics; "save", then at the next file that is
+    just being written."""
+    before, begin, born, pids = last_step(out), None, time.perf_counter(), []
+    while process.poll() is None:
+        now = time.perf_counter()
+        if now - born > HANGS:
+            raise common.BadInput(f"{out} hangs")
+        if begin is None and (moment == "start" or last_step(out) not in (before, -1)):
+            begin, pids = now, processes_of(out)
+        if begin is not None and now - begin >= seconds and (moment != "save" or writing(out)):
+            if sign == signal.SIGKILL:
+                for pid in pids:  # known before: a file is written in milliseconds
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                kill_all(out)
+            else:
+                process.send_signal(sign)
+            process.wait(HANGS)
+            return True
+        time.sleep(0.0005 if begin else 0.005)
+    return False
+
+
+def difference(whole, out):
+    """What is not the same, to the bit, in two folders of a run: "" where nothing is."""
+    names = ["metrics.jsonl", "samples.jsonl", "model.safetensors", "adapter_model.safetensors"]
+    wrong = [n for n in names if (whole / n).exists() and (whole / n).read_bytes() != (out / n).read_bytes()]
+    for name in ("checkpoint.pt", "best.pt"):
+        a, b = (common.load(f / name) for f in (whole, out))
+        same = a["step"] == b["step"] and a["model"].keys() == b["model"].keys() and all(
+            torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+        states = [[torch.as_tensor(v) for o in c.get("optimizers", []) for s in o["state"].values()
+                   for v in s.values()] for c in (a, b)]
+        if not same or not all(torch.equal(x, y) for x, y in zip(*states, strict=True)):
+            wrong.append(name)
+    steps = [row["step"] for row in common.read_metrics(out)]
+    return ", ".join(wrong + ["order of steps"] * (steps != sorted(steps)))
+
+
+def survive(script, words, folder, ranks, kills, rng, seconds):
+    """Kill a run `kills` times (fewer if it ends before) at random moments, half of them while it writes,
+    and rerun it to its end; returns a row with how often, what was lost, and what differs from `whole`."""
+    out, begun = folder / f"killed-{rng.integers(1 << 30)}", time.perf_counter()
+    every = int(next(w for w in words if w.startswith("SAVE_EVERY=")).partition("=")[2])
+    done = inside = lost = 0
+    for k in range(kills):
+        moment = ("save", "run", "save", "start")[k % 4]
+        wait = rng.uniform(0, {"start": seconds, "run": 1.0, "save": 0.5}[moment])
+        if not struck(started(script, words, out, ranks), out, moment, wait):
+            break
+        done, inside = done + 1, inside + writing(out)
+        reached, kept = last_step(out), common.load_newest(out) if out.exists() else None
+        loss = max(0, reached - (kept["step"] if kept else 0))
+        lost = max(lost, loss)
+        if loss > every and not (kept and kept["state"].get("finished")):
+            raise common.BadInput(f"{script}: {loss} steps lost, SAVE_EVERY is {every}")
+    newest = common.load_newest(out) if out.exists() else None
+    if not (newest and newest["state"].get("finished")):
+        run_to_end(script, words, out, ranks)
+    return {"kills": done, "while_writing": inside, "steps_lost": lost,
+            "lines": len(common.read_metrics(out)), "differs": difference(folder / "whole", out),
+            "seconds": time.perf_counter() - begun}
+
+
+def stopped(script, words, folder, ranks, sign, rng):
+    """Stop a run by SIGINT or SIGTERM after some steps, check that its last step was saved, and finish it."""
+    out, begun = folder / f"stopped-{sign}", time.perf_counter()
+    came = struck(started(script, words, out, ranks), out, "run", rng.uniform(0, 0.3), sign)
+    lost = last_step(out) - common.load(out / "checkpoint.pt")["step"]
+    if not common.load(out / "checkpoint.pt")["state"].get("finished"):
+        run_to_end(script, words, out, ranks)
+    return {"kills": int(came), "while_writing": 0, "steps_lost": lost,
+            "lines": len(common.read_metrics(out)), "differs": difference(folder / "whole", out),
+            "seconds": time.perf_counter() - begun}
+
+
+def fault_words(script, folder, more=""):
+    """The words of FAULT_WORDS and FAULT_ALWAYS that the script knows; later ones win."""
+    module = importlib.import_module(script.removesuffix(".py"))
+    words = f"{FAULT_ALWAYS} {FAULT_WORDS[script]} {more}".replace("{}", str(folder)).split()
+    latest = dict(w.partition("=")[::2] for w in words)
+    return [f"{name}={value}" for name, value in latest.items() if hasattr(module, name)]
+
+
+def faults():
+    """Every training script killed at random moments, also while it saves, and rerun: the same bits."""
+    rows, rng = [], np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        fault_data(root)
+        for ranks in (1, 2):
+            for script in FAULT_WORDS:
+                for more in ("", "WANDB=offline") if script == "train_pretrain.py" and ranks == 1 else ("",):
+                    words = fault_words(script, root, more)
+                    folder = root / f"{script.removesuffix('.py')}-{ranks}{more}"
+                    folder.mkdir()
+                    seconds = run_to_end(script, words, folder / "whole", ranks)
+                    found = []
+                    while sum(f["kills"] for f in found) < KILLS:
+                        found.append(survive(script, words, folder, ranks, KILLS, rng, seconds))
+                    name = f"{script} {more} {ranks} process{'es' * (ranks > 1)}".replace("  ", " ")
+                    rows.append(fault_row(f"{name}, SIGKILL", found))
+                    for sign in (signal.SIGTERM, signal.SIGINT) if not more else ():
+                        found = [stopped(script, words, folder, ranks, sign, rng)]
+                        rows.append(fault_row(f"{name}, {sign.name}", found))
+                    print("\n".join(str(r) for r in rows[-3:]), flush=True)
+    total = [sum(r[k] for r in rows) for k in ("baseline", "ours")]
+    rows.append(row("all", *total, "signals survived bit for bit", total[1] / total[0],
+                    while_writing=sum(r["while_writing"] for r in rows)))
+    return rows
+
+
+def fault_row(name, found):
+    """A line of the table: signals sent, signals after which nothing differed in the end."""
+    sent = sum(f["kills"] for f in found)
+    fine = sum(f["kills"] for f in found if not f["differs"])
+    return row(name, sent, fine, "signals survived bit for bit", fine / max(1, sent),
+               while_writing=sum(f["while_writing"] for f in found),
+               steps_lost=max(f["steps_lost"] for f in found), lines=found[-1]["lines"],
+               seconds=round(sum(f["seconds"] for f in found)),
+               differs="; ".join(f["differs"] for f in found if f["differs"]) or "nothing")
+
+
+def saving():
+    """What a checkpoint costs: size, seconds, share of the training time between two; what determinism costs.
+    """
+    rows, out = [], Path("out/bench/saving")
+    out.mkdir(parents=True, exist_ok=True)
+    run = common.start(0, "auto")
+    always, every = common.literals(vars(train_pretrain)), train_pretrain.SAVE_EVERY
+    for name, sizes in (("6M", dict(dim=256, n_layers=6, n_heads=4)), ("26M", {})):
+        model = our_model(compile=False, **sizes)
+        optimizers, batch = muon(model), full_rows(train_pretrain.BATCH)
+        step = trainer(run, model, optimizers, batch)
+        save = functools.partial(common.save, run, out, 1, model, optimizers, {}, always)
+        best = functools.partial(common.save_best, run, out, 1, model, {})
+        update, checkpoint, weights = fastest(REPEAT, step, save, best)
+        between = update * every
+        size = [(out / n).stat().st_size / 1e6 for n in ("checkpoint.pt", "best.pt")]
+        rows += [row(f"{name}, checkpoint.pt and best.pt", size[1], size[0], "MB"),
+                 row(f"{name}, the same, written and on the disk", weights, checkpoint, "s"),
+                 row(f"{name}, both, of the training between two (SAVE_EVERY {every})", between,
+                     weights + checkpoint, "s", (weights + checkpoint) / between)]
+        torch.use_deterministic_algorithms(True)
+        strict, = fastest(REPEAT, step)
+        torch.use_deterministic_algorithms(False)
+        seed = fastest(REPEAT, lambda: [common.random_state(run, i) for i in range(1000)])[0] / 1000
+        rows += [row(f"{name}, an update, torch's deterministic algorithms against ours", strict, update, "s",
+                     strict / update),
+                 row(f"{name}, seeding of an update, of its time", update, seed, "s", seed / update)]
+    line = lambda: [common.append_line(out / "lines.jsonl", {"step": i, "loss": 1.0}) for i in range(1000)]
+    rows.append(row("a line of metrics", None, fastest(REPEAT, line)[0] / 1000, "s"))
+    for path in out.iterdir():
+        path.unlink()
+    return rows
+
+
+def sharding():
+    """Peak memory of each of two processes while they train 76M parameters with AdamW: whole copies against
+    SHARD=True."""
+    peaks = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        fault_data(root, muons=False)
+        words = "DIM=768 N_LAYERS=12 N_HEADS=12 SAMPLE_EVERY=0 OPTIMIZER=adamw BATCH=2 MICRO_BATCH=1 STEPS=4 "
+        words += f"SAVE_EVERY=0 EVAL_EVERY=0 HIDDEN_DIM=2048 SEQ_LEN=64 COMPILE=no DATA={root}/tokens"
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # glibc would keep what is freed, on both sides
+        for shard in (False, True):
+            run_to_end("train_pretrain.py", [*words.split(), f"SHARD={shard}"], root / f"{shard}", 2)
+            said = Path(root / f"{shard}.log").read_text()
+            peaks[shard] = [int(n) for n in re.findall(r"\d+", re.search("peak memory.*", said)[0])]
+    return [row(f"resident set of process {i}, torch's own included", whole, cut, "MiB", whole / cut)
+            for i, (whole, cut) in enumerate(zip(peaks[False], peaks[True], strict=True))]
+
+
+BENCHMARKS = (limits, train, memory, tokenize, startup, generate, learn, nsa, dsa, chat, impute, faults,
+              saving, sharding)
 
 
 def main():

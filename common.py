@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import errno
 import fcntl
 import functools
 import importlib.util
@@ -25,6 +26,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -105,35 +107,56 @@ def override(names: dict, words: Sequence[str]) -> dict:
     return changed
 
 
+# Errors that are the disk's: full, over quota, read-only, file too large, broken, not ours, gone.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.ESTALE)
+LOST_PEER = "gloo|nccl|timed out|connection (closed|reset|refused)"  # what a collective says when one is gone
+PEER_TIMEOUT = 600  # seconds a process waits for the others, then it ends with an error: when a link is down
+
+
 def cli(names: dict, main: Callable) -> None:
     """Run a script: overrides, then `main`; BadInput becomes one line on stderr and exit status 1."""
     script = Path(names["__file__"]).name
     try:
         override(names, sys.argv[1:])
         main()
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
     except BadInput as error:
         code = f"{script}: {error}"
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
         first = _first_line(error)
-        if isinstance(error, RuntimeError) and not re.search(
+        if isinstance(error, dist.DistError) or dist.is_initialized() and re.search(LOST_PEER, first, re.I):
+            code = (f"{script}: another process has ended, or did not answer for {PEER_TIMEOUT} s ({first}); "
+                    "rerun the same command everywhere to go on from the last checkpoint")
+        elif isinstance(error, RuntimeError) and not re.search(
             "(out of|allocate) memory|bad_alloc", first, re.I
         ):
             raise
-        traceback.print_exc()
-        code = f"{script}: out of memory ({first}); lower MICRO_BATCH, then SEQ_LEN or DIM"
+        else:
+            traceback.print_exc()
+            code = f"{script}: out of memory ({first}); lower MICRO_BATCH, then SEQ_LEN or DIM"
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # the reader of our output (head, less) has left: not our failure
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 0
-    else:
-        return
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        code = (f"{script}: {error.filename or 'a file'}: {error.strerror}; what was saved before is whole; "
+                "make room or choose another folder, then rerun the same command")
     if not isinstance(code, int):
         print(f"error: {code}", file=sys.stderr, flush=True)
-    if dist.is_initialized() and code:  # the other ranks wait in a collective: leave without waiting for them
+        code = 1
+    if dist.is_initialized():
+        # Others may wait in a collective; and taking a group down can wait for ever for the lock of Python,
+        # which its own thread needs to let go of a tensor (torch 2.13, gloo): leave without either.
+        sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)
-    raise SystemExit(code if isinstance(code, int) else 1)
+        os._exit(code)
+    if code:
+        raise SystemExit(code)
 
 
 def _first_line(error: BaseException) -> str:
@@ -165,6 +188,10 @@ def within(low: float, high: float, **values: float) -> None:
 
 # 2. Processes: the same file under `python`, `torchrun` on one machine and `torchrun` on several.
 
+PREPARE_TIMEOUT = 86_400   # seconds that processes wait while one of them prepares data
+SECOND_SIGNAL = 2.0  # seconds; a stop signal that follows sooner is the same one, forwarded by a launcher
+
+
 @dataclasses.dataclass
 class Run:
     """This process among its peers. Holds no model, data, optimizer or step."""
@@ -176,6 +203,7 @@ class Run:
     seed: int
     scaler: torch.amp.GradScaler | None = None
     signal: int = 0                    # the signal that asked this process to stop, 0 = none
+    asked: float = 0.0                 # when it did, by time.monotonic
     threads: int = 1                   # CPU threads that it may use by day
     lock: object = None                # open file that keeps a second run out of the same folder
     handlers: dict = dataclasses.field(default_factory=dict)
@@ -191,10 +219,21 @@ class Run:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model to call in the loss: DDP when there are several processes, else itself."""
+    def wrap(self, model: nn.Module, shard: bool = False) -> nn.Module:
+        """The model to call in the loss: DDP when there are several processes, else itself.
+
+        `shard`: weights, gradients and optimizer state are cut over the processes, layer by layer (FSDP2);
+        the model itself is changed, so call this before its optimizers are made.
+        """
         if self.world == 1:
             return model
+        if shard:
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+            mesh = init_device_mesh(self.device.type, (self.world,))
+            for layer in model.layers:
+                fully_shard(layer, mesh=mesh)
+            return fully_shard(model, mesh=mesh)
         ids = [self.device.index] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=ids)
 
@@ -214,10 +253,24 @@ class Run:
         dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
         return box[0]
 
-    def wait(self) -> None:
-        """Return when every process has come here."""
-        if self.world > 1:
+    def wait(self, seconds: int = 0) -> None:
+        """Return when every process has come here; `seconds`: that this may take, where it is more than
+        PEER_TIMEOUT."""
+        if self.world > 1 and seconds:
+            patient = dist.new_group(timeout=datetime.timedelta(seconds=seconds), backend="gloo")
+            dist.barrier(patient)
+            dist.destroy_process_group(patient)
+        elif self.world > 1:
             dist.barrier()
+
+    def peak_mib(self) -> list[int]:
+        """The most memory that each process has held so far, in MiB: of its GPU, else its resident set."""
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = (torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+        each = [0] * self.world
+        each[self.rank] = peak // 2**20
+        return [int(n) for n in self.sum(*each)]
 
     def say(self, text: str) -> None:
         """Print a line on process 0."""
@@ -299,7 +352,7 @@ def start(seed: int, dtype: str = "auto") -> Run:
             _onednn_setting().fp32_precision = "bf16"  # allowed, not done: see there
     if world > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=PEER_TIMEOUT))
     run = Run(rank, local, world, device, torch.float32, seed, threads=torch.get_num_threads())
     set_dtype(run, run.share(pick_dtype(dtype, device)))
     torch.manual_seed(seed)
@@ -319,9 +372,11 @@ def set_dtype(run: Run, dtype: torch.dtype) -> None:
 
 
 def _on_signal(run: Run, number: int) -> None:
-    if run.signal:  # asked twice: do not finish the step
+    if run.signal and time.monotonic() - run.asked > SECOND_SIGNAL:  # asked twice: do not finish the step
         raise KeyboardInterrupt
-    run.signal = number
+    if run.signal:
+        return
+    run.signal, run.asked = number, time.monotonic()
     if run.first:
         print(
             f"\n{signal.Signals(number).name}: finishing this step, then saving (again: stop now)", flush=True
@@ -329,14 +384,12 @@ def _on_signal(run: Run, number: int) -> None:
 
 
 def stop(run: Run) -> None:
-    """Undo `start`: signals, lock, process group."""
+    """Undo `start`: signals, lock. The process group stays until the process ends, see `cli`."""
     for sign, handler in run.handlers.items():
         signal.signal(sign, handler)
     run.handlers = {}
     if run.lock:
         run.lock.close()
-    if run.world > 1 and dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def in_window(window: str, now: datetime.time | None = None) -> bool:
@@ -441,16 +494,18 @@ def update(run: Run, net: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
     """
     random_state(run, step)
     wide = torch.float32 if run.device.type == "mps" else torch.float64
-    totals = torch.zeros(3, dtype=wide, device=run.device)  # loss, count, signal
+    totals = torch.zeros(4, dtype=wide, device=run.device)  # loss, count, processes asked to stop: INT, TERM
     for i, batch in enumerate(batches):
-        sync = i == len(batches) - 1 or run.world == 1
+        # Sharded gradients are reduced at once: whole ones would take the memory that sharding saves.
+        sync = i == len(batches) - 1 or not hasattr(net, "no_sync")
         with contextlib.nullcontext() if sync else net.no_sync():
             with run.autocast():
                 loss, count = loss_of(batch)
             (run.scaler.scale(loss) if run.scaler else loss).backward()
         totals[0] += loss.detach()
         totals[1] += count
-    totals[2] += run.signal
+    if run.signal:
+        totals[2 if run.signal == signal.SIGINT else 3] += 1
     if run.world > 1:
         dist.all_reduce(totals)
     for optimizer in optimizers if run.scaler else ():
@@ -459,8 +514,9 @@ def update(run: Run, net: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
     scale = run.world / totals[1].clamp(min=1)  # DDP averaged over ranks; we want the sum
     torch._foreach_mul_(grads, float(scale))
     norm = torch.nn.utils.get_total_norm(grads)
-    loss, count, sign = totals.tolist()  # the one wait for the device
-    norm = float(norm)
+    loss, count, interrupted, terminated = totals.tolist()  # the one wait for the device
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    sign = signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0
     applied = math.isfinite(loss) and math.isfinite(norm)
     if applied and clip and norm > clip:
         torch._foreach_mul_(grads, clip / (norm + 1e-6))
@@ -483,18 +539,23 @@ def random_state(run: Run, step: int) -> None:
 # 4. Checkpoints and records: what a run leaves on disk, and how it is taken up again.
 
 # Constants that may change between two starts of one run: they do not shape the weights.
-FREE = frozenset("OUT RESUME LOG_EVERY SAVE_EVERY SAMPLE_EVERY WANDB MICRO_BATCH NIGHT EVAL PATIENCE".split())
+FREE = frozenset(
+    "OUT RESUME LOG_EVERY SAVE_EVERY SAMPLE_EVERY WANDB MICRO_BATCH NIGHT EVAL PATIENCE SHARD".split()
+)
+RECORDS = ("metrics.jsonl", "samples.jsonl")  # lines with a step, taken back to the checkpoint's
 
 
-def write_whole(path: Path, write: Callable) -> None:
+def write_whole(path: Path, write: Callable, spare: Path | None = None) -> None:
     """Call `write(file)` so that `path` holds either all of it or what it held before; raises BadInput on
-    OSError."""
+    OSError. `spare`: what it held before is kept there."""
     tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(tmp, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if spare and path.exists():  # only now, that the new one is whole: two are, at every moment
+            os.replace(path, spare)
         os.replace(tmp, path)
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
@@ -509,39 +570,70 @@ def write_whole(path: Path, write: Callable) -> None:
 
 def save(run: Run, out: str | Path, step: int, model: nn.Module, optimizers: Sequence, state: dict,
          constants: dict) -> None:
-    """Write OUT/checkpoint.pt (process 0), keeping the one before as checkpoint.prev.pt."""
+    """Write OUT/checkpoint.pt (process 0), keeping the one before as checkpoint.prev.pt.
+
+    Sharded or not, it is the same file: whole tensors, in the order of the parameters.
+    """
+    whole = {
+        **weights_of(model, run.first),
+        "step": step,
+        "optimizers": [gathered(o.state_dict(), run.first) for o in optimizers],
+        "scaler": run.scaler.state_dict() if run.scaler else None,
+        "dtype": str(run.dtype)[6:],
+        "state": state,
+        "constants": constants,
+        "versions": {"torch": str(torch.__version__), "numpy": np.__version__, "python": sys.version},
+    }
     if run.first:
         path = Path(out) / "checkpoint.pt"
-        whole = {
-            **weights_of(model),
-            "step": step,
-            "optimizers": [o.state_dict() for o in optimizers],
-            "scaler": run.scaler.state_dict() if run.scaler else None,
-            "dtype": str(run.dtype)[6:],
-            "state": state,
-            "constants": constants,
-            "versions": {"torch": str(torch.__version__), "numpy": np.__version__, "python": sys.version},
-        }
-        if path.exists():  # a second name for the old file first: there is a whole checkpoint at every moment
-            spare = path.with_name("checkpoint.prev.tmp")
-            spare.unlink(missing_ok=True)
-            os.link(path, spare)
-            os.replace(spare, path.with_name("checkpoint.prev.pt"))
-        write_whole(path, lambda file: torch.save(whole, file))
+        for name in RECORDS:  # on the disk before the checkpoint that says that they are
+            if (path.parent / name).exists():
+                with open(path.parent / name, "rb") as file:
+                    os.fsync(file.fileno())
+        write_whole(path, lambda file: torch.save(whole, file), path.with_name("checkpoint.prev.pt"))
     run.wait()
 
 
-def weights_of(model: nn.Module) -> dict:
-    """What rebuilds a model: class name, constructor sizes, weights in float32."""
-    return {"kind": type(model).__name__, "sizes": model.sizes,
-            "model": {k: v.detach().float().cpu() if v.is_floating_point() else v.cpu()
-                      for k, v in model.state_dict().items()}}
+def each_tensor(change: Callable, x: object) -> object:
+    """x with change(tensor) in the place of every tensor in its dicts, lists and tuples."""
+    if isinstance(x, dict):
+        return {k: each_tensor(change, v) for k, v in x.items()}
+    if isinstance(x, list | tuple):
+        return type(x)(each_tensor(change, v) for v in x)
+    return change(x) if isinstance(x, Tensor) else x
+
+
+def gathered(x: object, keep: bool = True) -> object:
+    """x with every sharded tensor made whole, on the CPU; all processes call it, those without `keep` get
+    nothing."""
+    def whole(tensor):
+        if hasattr(tensor, "full_tensor"):
+            tensor = tensor.full_tensor()
+            return tensor.cpu() if keep else None
+        return tensor
+    return each_tensor(whole, x)
+
+
+def spread(run: Run, x: Tensor, like: Tensor) -> Tensor:
+    """Process 0's x on every process, sharded as the parameter `like` is; called by all of them."""
+    from torch.distributed.tensor import distribute_tensor
+    x = x.to(run.device) if run.first else torch.empty(like.shape, dtype=x.dtype, device=run.device)
+    return distribute_tensor(x, like.device_mesh, like.placements)
+
+
+def weights_of(model: nn.Module, keep: bool = True) -> dict:
+    """What rebuilds a model: class name, constructor sizes, weights in float32 on the CPU. Where it is
+    sharded, all processes call this; those without `keep` get no weights."""
+    def plain(tensor):
+        return tensor.detach().float().cpu() if tensor.is_floating_point() else tensor.cpu()
+    return {"kind": type(model).__name__.removeprefix("FSDP"), "sizes": model.sizes,
+            "model": each_tensor(plain, gathered(dict(model.state_dict()), keep))}
 
 
 def save_best(run: Run, out: str | Path, step: int, model: nn.Module, metrics: dict) -> None:
     """Write OUT/best.pt: the weights alone, with the metrics that made them the best."""
+    whole = {**weights_of(model, run.first), "step": step, "metrics": metrics}
     if run.first:
-        whole = {**weights_of(model), "step": step, "metrics": metrics}
         write_whole(Path(out) / "best.pt", lambda file: torch.save(whole, file))
     run.wait()
 
@@ -603,7 +695,8 @@ def export_weights(run: Run, out: str | Path, checkpoint: dict) -> None:
 
 
 def leave(run: Run, out: str | Path, step: int, number: int) -> None:
-    """Exit after a stop signal and a save, saying how to come back."""
+    """Exit after a stop signal and a save (in which processes waited for each other), saying how to come
+    back."""
     name = signal.Signals(number).name
     run.say(f"{name}: stopped after step {step}, saved in {out}; rerun the same command to go on")
     stop(run)
@@ -617,9 +710,13 @@ def write_result(run: Run, out: str | Path, found: dict) -> None:
 
 
 def append_line(path: Path, row: dict) -> None:
-    """Add a row to a JSON-lines file."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    """Add a row to a JSON-lines file; raises BadInput where the disk is full."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise BadInput(f"could not write {path} ({error.strerror}); the last checkpoint is whole; make room, "
+                       "then rerun the same command") from error
 
 
 def set_aside(out: str | Path, reason: str) -> None:
@@ -634,14 +731,15 @@ def set_aside(out: str | Path, reason: str) -> None:
     print(f"{out}: {reason}; it is now {spare}", flush=True)
 
 
-def resume(run: Run, out: str | Path, constants: dict, again: bool, fingerprint: str = "") -> dict | None:
+def resume(run: Run, out: str | Path, constants: dict, again: bool, fingerprint: str = "",
+           shard: bool = False) -> dict | None:
     """The checkpoint from which this command goes on, the same on every process, or None for a fresh start.
 
     A finished run, or one shaped by other constants, is renamed aside, never overwritten (`again` False:
     always). Data that changed under an unfinished run are refused. Metrics later than the checkpoint are
-    taken back.
+    taken back. `shard`: only process 0 gets the numbers, the others empty tensors (`restore` spreads them).
     """
-    found = None
+    found, restarted = None, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if run.first:
         out = Path(out)
         try:
@@ -658,24 +756,24 @@ def resume(run: Run, out: str | Path, constants: dict, again: bool, fingerprint:
                 reason = "" if again else "starting over (RESUME=False)"
             elif changed:
                 reason = "was run with " + ", ".join(f"{k}={found['constants'][k]!r}" for k in changed)
-            else:
-                reason = "is finished" if found["state"].get("finished") else ""
+            else:  # torchrun that restarts what ended at its very end wants no second run
+                reason = "is finished" if found["state"].get("finished") and not restarted else ""
             if reason:
                 set_aside(out, reason)
                 found = None
                 out.mkdir(parents=True, exist_ok=True)
                 lock(run, out)
             if found and found["state"].get("fingerprint", "") != fingerprint:
-                raise BadInput(f"the data {constants.get('DATA')} changed since this run began (fingerprint "
+                data = "the data " + ", ".join(
+                    str(constants[k]) for k in ("DATA", "VALID", "INIT", "TEACHER") if constants.get(k))
+                raise BadInput(f"{data} changed since this run began (fingerprint "
                                f"{found['state'].get('fingerprint')}, now {fingerprint}); restore them, or "
                                "start over with RESUME=False")
-            kept = []
-            for name in ("metrics.jsonl", "samples.jsonl"):
+            for name in RECORDS:
                 if (out / name).exists():
-                    kept = [line for line in (out / name).read_text(encoding="utf-8").splitlines()
+                    kept = [line + b"\n" for line in (out / name).read_bytes().split(b"\n")
                             if _step_of(line) <= (found["step"] if found else -1)]
-                    text = "".join(line + "\n" for line in kept)
-                    write_whole(out / name, lambda file, text=text: file.write(text.encode()))
+                    write_whole(out / name, lambda file, kept=kept: file.writelines(kept))
         except (OSError, BadInput) as error:
             if run.lock:
                 run.lock.close()
@@ -683,14 +781,23 @@ def resume(run: Run, out: str | Path, constants: dict, again: bool, fingerprint:
                 raise
             raise BadInput(f"cannot write to OUT={out} ({error.strerror}); choose another OUT") from error
         if found:
-            print(f"{out}: going on from step {found['step']}", flush=True)
-    return run.share(found)
+            done, step = found["state"].get("finished"), found["step"]
+            print(f"{out}: " + ("finished already" if done else f"going on from step {step}"), flush=True)
+    if shard and run.world > 1:
+        light = run.share(each_tensor(lambda t: t.to("meta") if t.ndim else t, found) if run.first else None)
+        found = found if run.first else light
+    else:
+        found = run.share(found)
+    if found and found["state"].get("finished"):
+        stop(run)
+        raise SystemExit(0)
+    return found
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf  # half a line, from a process that was killed while writing it
 
 
@@ -712,8 +819,18 @@ def restore(run: Run, found: dict, model: nn.Module, optimizers: Sequence) -> in
     if found["sizes"] != model.sizes:
         other = {k: (found["sizes"].get(k), v) for k, v in model.sizes.items() if found["sizes"].get(k) != v}
         raise BadInput(f"the checkpoint has other sizes (saved, wanted): {other}")
-    model.load_state_dict(found["model"])
-    for optimizer, state in zip(optimizers, found["optimizers"], strict=True):
+    own, weights, saved = model.state_dict(), found["model"], found["optimizers"]
+    if len(saved) != len(optimizers):
+        raise BadInput(f"the checkpoint has {len(saved)} optimizers, {len(optimizers)} are wanted")
+    if any(hasattr(p, "full_tensor") for p in own.values()):
+        weights = {k: spread(run, v, own[k]) for k, v in weights.items()}
+        for i, optimizer in enumerate(optimizers):
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            spread_state = {n: {k: spread(run, v, params[n]) if torch.is_tensor(v) and v.ndim else v
+                                for k, v in state.items()} for n, state in saved[i]["state"].items()}
+            saved[i] = {**saved[i], "state": spread_state}
+    model.load_state_dict(weights)
+    for optimizer, state in zip(optimizers, saved, strict=True):
         optimizer.load_state_dict(state)
     set_dtype(run, getattr(torch, found["dtype"]))
     if run.scaler and found["scaler"]:

@@ -7,13 +7,16 @@
 import ast
 import contextlib
 import datetime
+import errno
 import gzip
 import json
 import math
 import os
 import re
 import resource
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -1389,39 +1392,6 @@ def test_sigterm_saves_the_last_step_and_the_rerun_repeats_the_uninterrupted_run
     train(**constants)
     same_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
-
-
-@pytest.mark.parametrize("ranks", [0, 2])
-def test_kill_9_loses_at_most_one_save_interval_and_nothing_of_the_result(tokens, tmp_path, ranks):
-    args = words(tokens, SAVE_EVERY=3, STEPS=40, DROPOUT=0.1)
-    whole = launch("train_pretrain.py", *args, f"OUT={tmp_path}/whole", ranks=ranks)
-    finish(whole)
-    for until in (4, 17):
-        process = launch(
-            "train_pretrain.py", *args, f"OUT={tmp_path}/run", ranks=ranks, start_new_session=True
-        )
-        while not any(x["step"] >= until for x in metrics_so_far(tmp_path / "run")):
-            assert process.poll() is None, process.stdout.read()
-            time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
-        for line in (
-            os.popen("ps -eo pid,args").read().splitlines()
-        ):  # torchrun's workers have sessions of their own
-            if f"OUT={tmp_path}/run" in line and "ps -eo" not in line:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(line.split()[0]), signal.SIGKILL)
-        process.wait()
-        reached = metrics_so_far(tmp_path / "run")[-1]["step"]
-        assert common.load_newest(tmp_path / "run")["step"] >= reached - 3
-    finish(launch("train_pretrain.py", *args, f"OUT={tmp_path}/run", ranks=ranks))
-    same_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
-    assert (tmp_path / "run/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
-
-
-def metrics_so_far(out):
-    with contextlib.suppress(OSError, ValueError):
-        return common.read_metrics(out)
-    return []
 
 
 @pytest.mark.parametrize("experts", [0, 4])
@@ -3247,3 +3217,351 @@ def test_bfloat16_on_a_gpu_learns_like_float32(train, tmp_path):
         train(OUT=str(tmp_path / d), DTYPE=d, STEPS=40)["nats_per_token"] for d in ("bfloat16", "float32")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=0.03)
+
+
+# --- faults: what is killed, cut, filled, unplugged or damaged, and goes on to the same bits
+
+@pytest.fixture(scope="module")
+def fault_folder(tmp_path_factory):
+    """Tiny data for bench.FAULT_WORDS, without muons."""
+    folder = tmp_path_factory.mktemp("faults")
+    bench.fault_data(folder, muons=False)
+    return folder
+
+
+def test_every_training_script_is_in_the_fault_benchmark():
+    assert set(bench.FAULT_WORDS) == {p.name for p in ROOT.glob("train_*.py")}
+
+
+@pytest.mark.parametrize("script, ranks, kills, more", [
+    ("train_pretrain.py", 1, 3, "WANDB=offline"), ("train_nsa_enwik8.py", 2, 2, "")])
+def test_killed_runs_end_with_the_same_bits(fault_folder, script, ranks, kills, more):
+    words = bench.fault_words(script, fault_folder, more)
+    folder = fault_folder / f"{script}-{ranks}"
+    folder.mkdir()
+    seconds = bench.run_to_end(script, words, folder / "whole", ranks)
+    found = bench.survive(script, words, folder, ranks, kills, np.random.default_rng(0), seconds)
+    assert found["kills"] and not found["differs"] and found["steps_lost"] <= 3, found
+
+
+def test_the_fault_benchmark_notices_what_differs(train, tmp_path):
+    for name in ("whole", "other"):
+        train(OUT=str(tmp_path / name))
+    assert not bench.difference(tmp_path / "whole", tmp_path / "other")
+    lines = (tmp_path / "other/metrics.jsonl").read_text().splitlines(True)
+    (tmp_path / "other/metrics.jsonl").write_text("".join([*lines, lines[0]]))
+    found = common.load(tmp_path / "other/best.pt")
+    found["model"]["norm.weight"][0] += 1e-6
+    torch.save(found, tmp_path / "other/best.pt")
+    wrong = bench.difference(tmp_path / "whole", tmp_path / "other")
+    assert "metrics.jsonl" in wrong and "best.pt" in wrong and "order of steps" in wrong
+
+
+def test_a_forwarded_stop_signal_is_not_asking_twice(train, tmp_path, monkeypatch):
+    real = common.update
+
+    def update(run, *rest):
+        if rest[-1] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(run, *rest)
+    monkeypatch.setattr(common, "update", update)
+    with pytest.raises(SystemExit):
+        train()
+    assert common.load(tmp_path / "run/checkpoint.pt")["step"] == 4
+    monkeypatch.setattr(common, "SECOND_SIGNAL", -1.0)
+    with pytest.raises(KeyboardInterrupt):
+        train(RESUME=False)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(fault_folder):
+    """Words of a language model and its folder after an uninterrupted run on two processes."""
+    more = "DROPOUT=0.0 SAMPLE_EVERY=0 OPTIMIZER=adamw LR=1e-3 BATCH=8 STEPS=24 EVAL_EVERY=12"
+    words = bench.fault_words("train_pretrain.py", fault_folder, more)
+    bench.run_to_end("train_pretrain.py", words, fault_folder / "two", 2)
+    return words, fault_folder / "two"
+
+
+def struck_after(process, out, step, strike):
+    """Call `strike` when the metrics have come to this step; returns what the process said in the end."""
+    while bench.last_step(out) < step:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    strike()
+    return process.communicate(timeout=120)[0]
+
+
+def test_a_run_of_two_processes_is_stopped_and_goes_on_with_one_and_with_four(two_ranks, tmp_path):
+    words, whole = two_ranks
+    process = launch("train_pretrain.py", *words, f"OUT={tmp_path}/one", ranks=2)
+    said = struck_after(process, tmp_path / "one", 7, lambda: process.send_signal(signal.SIGTERM))
+    assert "SIGTERM: stopped after step" in said and "rerun the same command" in said, said
+    assert common.load(tmp_path / "one/checkpoint.pt")["step"] == bench.last_step(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "four")
+    for name, ranks in (("one", 0), ("four", 4)):
+        assert "going on from step" in finish(
+            launch("train_pretrain.py", *words, f"OUT={tmp_path}/{name}", ranks=ranks))
+        same_weights(weights(tmp_path / name), weights(whole), 1e-5)
+
+
+def test_torchrun_restarts_a_job_that_lost_a_process_by_itself(two_ranks, tmp_path):
+    words, whole = two_ranks
+    runner = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3"]
+    process = launch(*runner, "train_pretrain.py", *words, f"OUT={tmp_path}/run")
+
+    def kill_rank_1():
+        for pid in bench.processes_of(tmp_path / "run"):
+            if b"LOCAL_RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                os.kill(pid, signal.SIGKILL)
+    said = struck_after(process, tmp_path / "run", 7, kill_rank_1)
+    assert process.returncode == 0 and "going on from step" in said, said
+    assert "error: train_pretrain.py: another process has ended" in said
+    assert not bench.difference(whole, tmp_path / "run")
+
+
+def test_a_restart_after_the_end_does_not_train_again(train, tmp_path, monkeypatch, capsys):
+    train()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(SystemExit) as end:
+        train()
+    assert end.value.code == 0 and "finished already" in capsys.readouterr().out
+    assert not (tmp_path / "run~1").exists()
+
+
+def test_a_peer_that_falls_silent_ends_the_run_in_time_and_one_that_prepares_data_does_not(tmp_path):
+    """Process 1 comes late to a patient wait, then stops answering."""
+    (tmp_path / "peer.py").write_text(f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import common
+common.PEER_TIMEOUT = 3
+def main():
+    run = common.start(0, "float32")
+    if run.rank:
+        time.sleep(4)
+    run.wait(common.PREPARE_TIMEOUT)
+    print("prepared", flush=True)
+    if run.rank:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    run.wait()
+common.cli(globals(), main)
+""")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    ranks = [subprocess.Popen([sys.executable, tmp_path / "peer.py"], env=world | {"RANK": str(r)}, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for r in (0, 1)]
+    try:
+        said = ranks[0].communicate(timeout=60)[0]
+    finally:
+        ranks[1].kill()
+    assert ranks[0].returncode == 1 and "prepared" in said, said
+    assert "another process has ended, or did not answer for 3 s" in said and "Traceback" not in said, said
+
+
+def test_sharded_training_equals_ddp_and_goes_on_with_any_number_of_processes(two_ranks, tmp_path):
+    words, whole = two_ranks
+    process = launch("train_pretrain.py", *words, "SHARD=True", f"OUT={tmp_path}/one", ranks=2)
+    said = struck_after(process, tmp_path / "one", 7, lambda: process.send_signal(signal.SIGTERM))
+    assert "SIGTERM: stopped after step" in said, said
+    shutil.copytree(tmp_path / "one", tmp_path / "four")
+    finish(launch("train_pretrain.py", *words, f"OUT={tmp_path}/one"))                # not sharded any more
+    words = [*words, "SHARD=True", "SAMPLE_EVERY=23"]
+    finish(launch("train_pretrain.py", *words, f"OUT={tmp_path}/four", ranks=4))
+    for name in ("one", "four"):
+        same_weights(weights(tmp_path / name), weights(whole), 1e-5)
+        for a, b in zip(*(common.load(p / "checkpoint.pt")["optimizers"][0]["state"].values()
+                          for p in (tmp_path / name, whole)), strict=True):
+            same_weights(a, b, 1e-5)
+    best = common.build(common.load(tmp_path / "four/best.pt")).state_dict()
+    same_weights(best, weights(whole, "best.pt"), 1e-5)
+    sizes = {(folder / "model.safetensors").stat().st_size for folder in (whole, tmp_path / "four")}
+    assert len(sizes) == 1 and len((tmp_path / "four/samples.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("constants", [dict(OPTIMIZER="muon"), dict(OPTIMIZER="adamw", MODEL="classic"),
+                                       dict(OPTIMIZER="adamw", DTYPE="float16")])
+def test_what_cannot_be_sharded_is_refused(train, constants):
+    with pytest.raises(common.BadInput, match="SHARD=True needs OPTIMIZER=adamw"):
+        train(SHARD=True, **constants)
+
+
+def test_records_torn_by_a_crash_are_taken_back_to_whole_lines(train, tmp_path):
+    constants = dict(SAMPLE_EVERY=2, SAMPLE_PROMPT="the \u2028 月 \x85")
+    train(OUT=str(tmp_path / "whole"), **constants)
+    with pytest.raises(SystemExit):
+        interrupted(train, 6, **constants)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        with open(tmp_path / "run" / name, "ab") as file:
+            file.write(b'{"step": 8, "loss": 1.0}\n\0\0\0\0\n' + b"[" * 100_000 + b'\n{"step": "x"}\n'
+                       + '{"step": 1, "texts": ["月'.encode()[:-1])
+    train(**constants)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_checkpoint_cut_at_any_kilobyte_falls_back_by_one_interval_at_most(train, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        interrupted(train, 8)                                         # saved after updates 5 and 9
+    newest = tmp_path / "run/checkpoint.pt"
+    data = newest.read_bytes()
+    for size in range(0, len(data), 1024):
+        newest.write_bytes(data[:size])
+        assert common.load_newest(tmp_path / "run")["step"] == 5
+    newest.write_bytes(data)
+    assert common.load_newest(tmp_path / "run")["step"] == 9 and len(data) > 50 * 1024
+
+
+@pytest.mark.parametrize("dies_at", range(6))
+def test_a_save_that_dies_at_any_of_its_moments_leaves_a_whole_checkpoint(tmp_path, monkeypatch, dies_at):
+    """Every call of the system inside a save is the last one once."""
+    run = common.Run(0, 0, 1, torch.device("cpu"), torch.float32, 0)
+    model = tiny_lm()
+    for step in (1, 2):
+        common.save(run, tmp_path, step, model, [], {}, {})
+    calls = []
+
+    class Dead(BaseException):
+        pass
+
+    def dying(real):
+        def call(*arguments):
+            calls.append(real)
+            if len(calls) > dies_at:
+                raise Dead
+            return real(*arguments)
+        return call
+    for name in ("replace", "fsync"):
+        monkeypatch.setattr(common.os, name, dying(getattr(os, name)))
+    with contextlib.suppress(Dead):
+        common.save(run, tmp_path, 3, model, [], {}, {})
+    monkeypatch.undo()
+    assert common.load_newest(tmp_path)["step"] in ((2,) if dies_at < 3 else (3,))
+    assert len(calls) in (dies_at + 1, 4)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own in memory; a function to give it another size or make it read-only."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(options):
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", place]
+        return subprocess.run(command, capture_output=True).returncode
+    if sys.platform != "linux" or mount("size=800k"):
+        pytest.skip("no file system may be mounted here")
+    yield place, lambda options: mount(f"remount,{options}")
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_full_or_read_only_disk_stops_a_run_with_a_sentence_and_it_goes_on(fault_folder, tmp_path,
+                                                                             small_disk):
+    place, mount = small_disk
+    words = bench.fault_words("train_pretrain.py", fault_folder, "STEPS=10")  # checkpoint 380 kB, best 170
+    finish(launch("train_pretrain.py", *words, f"OUT={tmp_path}/whole"))
+    said = finish(launch("train_pretrain.py", *words, f"OUT={place}/run"), 1)
+    assert "could not write" in said and "is whole; make room" in said and "Traceback" not in said, said
+    assert common.load_newest(place / "run")["step"] == 3 and not list((place / "run").glob("*.tmp"))
+    mount("ro")
+    said = finish(launch("train_pretrain.py", *words, f"OUT={place}/run"), 1)
+    assert f"cannot write to OUT={place}/run (Read-only file system)" in said, said
+    assert "Traceback" not in said
+    mount("rw,size=8m")
+    finish(launch("train_pretrain.py", *words, f"OUT={place}/run"))
+    assert not bench.difference(tmp_path / "whole", place / "run")
+
+
+def test_a_file_in_the_place_of_the_folder_and_no_room_for_records_are_one_sentence(train, tmp_path):
+    (tmp_path / "run").write_text("not a folder")
+    with pytest.raises(common.BadInput, match=r"cannot write to OUT=.*run \(File exists\)"):
+        train()
+    if Path("/dev/full").exists():
+        with pytest.raises(common.BadInput, match="/dev/full .No space left on device.; the last checkpoint"):
+            common.append_line(Path("/dev/full"), {"step": 1})
+
+
+@pytest.mark.parametrize("number, says", [(errno.ENOSPC, "No space left on device; what was saved before"),
+                                          (errno.EROFS, "Read-only file system")])
+def test_any_other_file_that_cannot_be_written_is_one_sentence(tmp_path, capsys, monkeypatch, number, says):
+    def main():
+        raise OSError(number, os.strerror(number), "curves.png")
+    monkeypatch.setattr(sys, "argv", ["x"])
+    with pytest.raises(SystemExit) as end:
+        common.cli({"__file__": "train_x.py"}, main)
+    assert end.value.code == 1 and f"error: train_x.py: curves.png: {says}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("reader", ["text", "chats"])
+def test_hostile_rows_are_counted_and_named_whatever_their_size(tmp_path, reader):
+    good = {"text": {"text": "good"}, "chats": {"conversations": []}}[reader]
+    key = json.dumps(good)[2:].partition('"')[0].encode()
+    bad = [b'{"' + key + b'": "a\0b"}', b"\0" * 100_000, b'{"' + key + b'": ["\xff"]}',
+           b'{"' + key + b'": "' + b"x" * 100_000_000, b'{"' + key + b'": ' + b"[" * 200_000]
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"\n".join([json.dumps(good).encode(), *bad, json.dumps(good).encode()]))
+    found = prepare_text.BadRows()
+    read = prepare_text.documents if reader == "text" else prepare_chats.rows
+    assert len(list(read(path, found))) == 2 and found.count == len(bad)
+    assert [n.partition(": ")[::2] for n in found.named] == list(zip(
+        [f"x.jsonl:{i}" for i in range(2, 7)],
+        ["not JSON", "not JSON", "not UTF-8", "not JSON", "nested too deeply"], strict=True))
+
+
+@pytest.mark.parametrize("name, cut", [("train.bin", 1), ("train.bin", 2), ("valid.bin", 10**9),
+                                       ("train.idx.npy", 9), ("train.idx.npy", 10**9)])
+def test_token_files_cut_short_are_named(train, tokens, tmp_path, name, cut):
+    shutil.copytree(tokens, tmp_path / "tokens")
+    data = (tmp_path / "tokens" / name).read_bytes()
+    (tmp_path / "tokens" / name).write_bytes(data[:max(0, len(data) - cut)])
+    with pytest.raises(common.BadInput, match="tokens is damaged .*remove it, it is made again"):
+        train(DATA=str(tmp_path / "tokens"))
+
+
+def test_shards_cut_at_any_kilobyte_or_empty_are_named(train_muons, muons, tmp_path):
+    x, y = fit_muons.read(str(muons / "muons-*.pt"))
+    torch.save({"x_data": x[:4], "y_data": y[:4].flatten(1)}, tmp_path / "cut.pt")
+    data = (tmp_path / "cut.pt").read_bytes()
+    for size in range(0, len(data), 1024):
+        (tmp_path / "cut.pt").write_bytes(data[:size])
+        with pytest.raises(common.BadInput, match=r"cut\.pt cannot be read as tensors"):
+            train_muon_dsa.read_shard(tmp_path / "cut.pt")
+    for wrong, message in (({"x_data": x[:0], "y_data": y[:0].flatten(1)}, "no event"),
+                           ({"x_data": x, "y_data": y.flatten(1) * math.nan}, "off the sphere|not finite"),
+                           ({"x_data": x, "y_data": y.flatten(1).int()}, "float")):
+        torch.save(wrong, tmp_path / "cut.pt")
+        with pytest.raises(common.BadInput, match=message):
+            train_muon_dsa.read_shard(tmp_path / "cut.pt")
+
+
+def test_bytes_and_muons_that_changed_under_an_unfinished_run_are_refused(train_bytes, train_muons, muons,
+                                                                          tmp_path):
+    with pytest.raises(SystemExit):
+        interrupted(train_bytes, 3)
+    data = (tmp_path / "bytes").read_bytes()
+    for changed in (data[:-1], b"X" + data[1:]):
+        (tmp_path / "bytes").write_bytes(changed)
+        with pytest.raises(common.BadInput, match="the data .*bytes changed since this run began"):
+            train_bytes()
+    x, y = fit_muons.read(str(muons / "muons-*.pt"))
+    torch.save({"x_data": x, "y_data": y.flatten(1)}, tmp_path / "m.pt")
+    constants = dict(DATA=str(tmp_path / "m.pt"), OUT=str(tmp_path / "muon"))
+    with pytest.raises(SystemExit):
+        interrupted(train_muons, 3, **constants)
+    y[7] = y[8]
+    torch.save({"x_data": x, "y_data": y.flatten(1)}, tmp_path / "m.pt")     # the same hits, another answer
+    with pytest.raises(common.BadInput, match=r"the data .*m\.pt changed since this run began"):
+        train_muons(**constants)
+
+
+def test_a_base_that_changed_under_an_unfinished_adapter_is_refused(train_adapter, base, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    with pytest.raises(SystemExit):
+        interrupted(train_adapter, 3, INIT=str(tmp_path / "base"))
+    found = common.load(tmp_path / "base/best.pt")
+    found["model"]["norm.weight"] += 1
+    torch.save(found, tmp_path / "base/best.pt")
+    with pytest.raises(common.BadInput, match="/base changed since this run began"):
+        train_adapter(INIT=str(tmp_path / "base"))

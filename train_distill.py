@@ -216,6 +216,7 @@ def main():
     optimizers = common.make_optimizers(model, OPTIMIZER, LR, MUON_LR, WEIGHT_DECAY)
     constants = common.literals(globals())
     fingerprint = f"{meta['fingerprint']} {held_meta['fingerprint']}"
+    fingerprint += " " + prepare_text.hash_file(common.newest_checkpoint(TEACHER))
     found = common.resume(run, OUT, constants, RESUME, fingerprint)
     state = found["state"] if found else {"fingerprint": fingerprint, "best": math.inf, "since": 0, "bad": 0}
     first = common.restore(run, found, model, optimizers) if found else 0
@@ -286,11 +287,11 @@ def main():
         metrics |= common.exact_match(run, judged, tokenizer, asked, EXACT_TOKENS)
     record.log(step, **metrics, final=True)
     common.export_weights(run, OUT, best)
-    state["finished"] = True
-    common.save(run, OUT, step, model, optimizers, state, constants)
     record.close()
     if run.first:
         common.plot_curves(OUT, ["loss"], ["valid_nats_per_answer_token"])
+    state["finished"] = True  # the last thing: until now, a rerun goes on
+    common.save(run, OUT, step, model, optimizers, state, constants)
     run.say(f"done: {OUT}/best.pt, model.safetensors, curves.png; ask it: python serve.py CHECKPOINT={OUT} "
             "PROMPTS=questions.jsonl")
     common.stop(run)

@@ -364,12 +364,12 @@ def main():
     metrics |= sft_nats(run, judged, chats) if chats else {}
     record.log(step, **metrics, final=True)
     common.export_weights(run, OUT, best)
-    state["finished"] = True
-    common.save(run, OUT, step, model, optimizers, state, constants)
     record.close()
     if run.first:
         (Path(OUT) / "reference.json").write_text(json.dumps({"init": str(home), "key": key}))
         common.plot_curves(OUT, ["loss", "valid_loss"], ["margin", "valid_margin"], ["valid_accuracy"])
+    state["finished"] = True  # the last thing: until now, a rerun goes on
+    common.save(run, OUT, step, model, optimizers, state, constants)
     run.say(f"done: {OUT}/best.pt, model.safetensors, curves.png")
     common.stop(run)
     return metrics

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import common
-from data import prepare_chats, prepare_python_docs
+from data import prepare_chats, prepare_python_docs, prepare_text
 
 # Data
 DATA = ""             # .jsonl(.gz) of {"conversations": [{"role", "content"}]}; "" = who the model is
@@ -153,6 +153,7 @@ def main():
     optimizers = common.make_optimizers(model, "adamw", LR, LR, WEIGHT_DECAY)
     constants = common.literals(globals())
     fingerprint = f"{meta['fingerprint']} {held_meta['fingerprint']}"
+    fingerprint += " " + prepare_text.hash_file(common.newest_checkpoint(INIT))
     found = common.resume(run, OUT, constants, RESUME, fingerprint)
     state = found["state"] if found else {"fingerprint": fingerprint, "best": math.inf, "since": 0, "bad": 0}
     first = common.restore(run, found, model, optimizers) if found else 0
@@ -234,11 +235,11 @@ def main():
     record.log(step, **metrics, final=True)
     if MERGE:
         common.save_best(run, OUT, step, common.merge_lora(judged), metrics)
-    state["finished"] = True
-    common.save(run, OUT, step, model, optimizers, state, constants)
     record.close()
     if run.first:
         common.plot_curves(OUT, ["loss"], ["valid_nats_per_answer_token"])
+    state["finished"] = True  # the last thing: until now, a rerun goes on
+    common.save(run, OUT, step, model, optimizers, state, constants)
     run.say(f"done: {OUT}/adapter_model.safetensors, curves.png; ask it: python serve.py CHECKPOINT={home} "
             f"ADAPTER={OUT} PROMPTS=questions.jsonl")
     common.stop(run)

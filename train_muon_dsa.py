@@ -124,7 +124,10 @@ class Events:
         return len(self.place)
 
     def fingerprint(self):
-        return hashlib.sha256(b"".join(sorted(self.key))).hexdigest()[:16]
+        known = self.key
+        if self.y is not None:
+            known = [k + row.numpy().tobytes() for k, row in zip(self.key, torch.cat(self.y), strict=True)]
+        return hashlib.sha256(b"".join(sorted(known))).hexdigest()[:16]
 
     def split(self):
         """Indices of training, validation and test events."""
@@ -160,6 +163,8 @@ def read_shard(path, need_targets=True):
         raise common.BadInput(
             f"{path}: x_data is {shape}; it must be (N, T, 5) floats: x, y, z [m], time [ns], charge [pe]"
         )
+    if not x.numel():
+        raise common.BadInput(f"{path} has no event or no hit (x_data is {tuple(x.shape)}); remove it")
     bad = (~x.isfinite()).any(-1) & x.isfinite().any(-1)
     if bad.any():
         event, hit = bad.nonzero()[0].tolist()
@@ -768,7 +773,7 @@ def simulated(run):
                 "detectors; for more: python data/simulate_muons.py EVENTS=20000")
         if run.first:
             simulate_muons.simulate(folder, EVENTS=EVENTS, NAME="muons", DETECTOR="random")
-    run.wait()
+    run.wait(common.PREPARE_TIMEOUT)
     return str(folder / "muons-*.pt")
 
 
@@ -933,8 +938,6 @@ def main():
     }  # looked at once, here
     record.log(step, **metrics, final=True)
     common.export_weights(run, OUT, best)
-    state["finished"] = True
-    common.save(run, OUT, step, model, optimizers, state, constants)
     record.close()
     if run.first:
         alone = dataclasses.replace(run, world=1)
@@ -945,6 +948,8 @@ def main():
             plot_event(alone, judged, events, test[0], ends[0], OUT)
         common.plot_curves(OUT, ["loss"], ["valid_angle_deg", "valid_entry_cm", "valid_exit_cm"]
                            if TASK == "regression" else ["valid_accuracy"])
+    state["finished"] = True  # the last thing: until now, a rerun goes on
+    common.save(run, OUT, step, model, optimizers, state, constants)
     run.say(f"done: {OUT}/best.pt, residuals.png, resolution.png, event.png, curves.png")
     common.stop(run)
     return metrics

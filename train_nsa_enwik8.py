@@ -359,11 +359,11 @@ def main():
         metrics |= {f"probe_{k}": min(v.values()) for k, v in found.items()}
     record.log(step, **metrics, final=True)
     common.export_weights(run, OUT, best)
-    state["finished"] = True
-    common.save(run, OUT, step, model, optimizers, state, constants)
     record.close()
     if run.first:
         common.plot_curves(OUT, ["loss"], ["valid_bits_per_byte"])
+    state["finished"] = True  # the last thing: until now, a rerun goes on
+    common.save(run, OUT, step, model, optimizers, state, constants)
     run.say(f"done: {OUT}/best.pt, model.safetensors, curves.png")
     common.stop(run)
     return metrics

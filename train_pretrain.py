@@ -76,6 +76,7 @@ MAX_BAD_STEPS = 10    # updates in a row whose loss or gradient is not finite be
 # Run
 SEED = 0
 DTYPE = "auto"  # bfloat16 where the device has it and it is faster, else float32; float16 comes with a scaler
+SHARD = False         # True: weights, gradients and AdamW's state cut over the processes (FSDP2); needs adamw
 COMPILE = "auto"      # "yes", "no"; "auto" = from 200 updates on, where there is a C++ compiler
 OUT = "out/pretrain"
 INIT = ""             # folder of a checkpoint whose weights, sizes and tokenizer to start from
@@ -95,11 +96,8 @@ class Rows:
     """Rows of token files: packed documents, or windows of the whole stream when `stride` > 0."""
 
     def __init__(self, folder, split, seq_len, stride=0):
-        self.tokens = np.memmap(folder / f"{split}.bin", np.uint16, "r")
-        bounds = np.load(folder / f"{split}.idx.npy")
-        if len(self.tokens) != bounds[-1]:
-            raise common.BadInput(f"{folder} is damaged ({len(self.tokens)} tokens, {bounds[-1]} expected); "
-                                  "remove it")
+        self.tokens = prepare_text.mapped(folder, f"{split}.bin")
+        bounds = prepare_text.bounds_of(folder, split, self.tokens)
         self.seq_len, self.stride, self.epoch = seq_len, stride, None
         if stride:
             last = len(self.tokens) - seq_len - 1
@@ -141,7 +139,7 @@ class Rows:
     def batches(self, rows, micro, device):
         """(ids, docs, targets) (micro, T) of the rows, `micro` at a time; missing rows are padding."""
         for at in range(0, len(rows), micro):
-            chosen = [self.documents(r) for r in rows[at:at + micro]]
+            chosen = [[] if r is None else self.documents(r) for r in rows[at:at + micro]]
             batch = common.collate(chosen + [[]] * (micro - len(chosen)), self.seq_len)
             yield tuple(x.to(device, non_blocking=True) for x in batch)
 
@@ -149,7 +147,7 @@ class Rows:
 def text_files(run, path, **options):
     """The folder of token files of `path`; made by one process a machine, while the others wait."""
     folder = prepare_text.prepare(path, **options) if run.local_rank == 0 else None
-    run.wait()
+    run.wait(common.PREPARE_TIMEOUT)
     return folder or prepare_text.prepare(path, **options)
 
 
@@ -173,7 +171,9 @@ def evaluate(run, model, data, table, limit=0):
     model.eval()
     sizes = torch.tensor([len(b) for b in table], device=run.device)
     totals = [0.0, 0, 0]  # nats, tokens, bytes
-    rows = range(run.rank, min(limit or data.count, data.count), run.world)
+    count = min(limit or data.count, data.count)
+    rows = list(range(run.rank, count, run.world))
+    rows += [None] * (-(-count // run.world) - len(rows))  # sharded processes must do as many forwards each
     for ids, docs, targets in data.batches(rows, MICRO_BATCH, run.device):
         with run.autocast():
             loss, count, _ = model(ids, docs, targets)
@@ -229,6 +229,9 @@ def main():
     common.within(0, 0.99, DROPOUT=DROPOUT)
     common.within(1, math.inf, THETA=THETA, N_KV_HEADS=N_KV_HEADS, MAX_BAD_STEPS=MAX_BAD_STEPS)
     common.in_window(NIGHT)
+    if SHARD and (OPTIMIZER != "adamw" or MODEL != "lm" or run.dtype == torch.float16):
+        raise common.BadInput("SHARD=True needs OPTIMIZER=adamw (Muon turns whole matrices), MODEL=lm and no "
+                              f"float16; got {OPTIMIZER}, {MODEL}, {str(run.dtype)[6:]}")
     init = common.load(common.newest_checkpoint(INIT)) if INIT else None
 
     path, options = (
@@ -251,23 +254,24 @@ def main():
     tokenizer = common.load_tokenizer(folder / "tokenizer.json")
     table = common.token_bytes(tokenizer)
 
-    model = (common.build(init, seq_len=SEQ_LEN) if init else make_model(len(table))).to(run.device)
+    model = common.build(init, seq_len=SEQ_LEN) if init else make_model(len(table))
     if model.sizes["vocab_size"] != len(table):
         raise common.BadInput(
             f"INIT {INIT} has {model.sizes['vocab_size']} tokens, its tokenizer {len(table)}"
         )
+    model = model if SHARD and run.world > 1 else model.to(run.device)  # shards go there by themselves
+    common.compile_layers(model, COMPILE, STEPS)
+    net = run.wrap(model, SHARD)  # model: saved, evaluated, sampled; net: called by the loss only
     optimizers = common.make_optimizers(model, OPTIMIZER, LR, MUON_LR, WEIGHT_DECAY)
     constants = common.literals(globals())
     fingerprint = f"{meta['fingerprint']} {json.loads((held / 'meta.json').read_text())['fingerprint']}"
-    found = common.resume(run, OUT, constants, RESUME, fingerprint)
+    found = common.resume(run, OUT, constants, RESUME, fingerprint, SHARD)
     state = found["state"] if found else {"fingerprint": fingerprint, "best": math.inf, "since": 0, "bad": 0}
     first = common.restore(run, found, model, optimizers) if found else 0
     if run.first and not found:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             if (folder / name).exists():
                 shutil.copy(folder / name, OUT)
-    common.compile_layers(model, COMPILE, STEPS)
-    net = run.wrap(model)  # model: saved, evaluated, sampled; net: called by the loss only
     record = common.Record(run, OUT, STEPS, first, WANDB, constants, state)
     parameters = sum(p.numel() for p in model.parameters())
     record.show(f"{parameters / 1e6:.1f}M parameters, {meta['train']['tokens'] / 1e6:.2f}M tokens in "
@@ -316,10 +320,12 @@ def main():
         if EVAL_EVERY and step % EVAL_EVERY == 0 or last:
             validate(step)
             last = last or bool(PATIENCE) and state["since"] >= PATIENCE
-        if SAMPLE_EVERY and step % SAMPLE_EVERY == 0 and run.first:
-            texts = sample(model, tokenizer, table, step)
-            common.append_line(Path(OUT) / "samples.jsonl", {"step": step, "texts": texts})
-            record.show("\n".join(f"  sample | {t}" for t in texts))
+        if SAMPLE_EVERY and step % SAMPLE_EVERY == 0:
+            whole = common.weights_of(model, run.first) if SHARD else None
+            if run.first:
+                texts = sample(common.build(whole) if SHARD else model, tokenizer, table, step)
+                common.append_line(Path(OUT) / "samples.jsonl", {"step": step, "texts": texts})
+                record.show("\n".join(f"  sample | {t}" for t in texts))
         if last:
             break
         if SAVE_EVERY and step % SAVE_EVERY == 0 or done.signal:
@@ -328,15 +334,18 @@ def main():
             record.close()
             common.leave(run, OUT, step, done.signal)
 
+    run.say(f"peak memory of each process: {run.peak_mib()} MiB")
     best = run.share(common.load(Path(OUT) / "best.pt") if run.first else None)
-    metrics = evaluate(run, common.build(best).to(run.device), valid, table)  # of all held-out rows
+    judged = common.build(best)
+    judged = run.wrap(judged, True) if SHARD and run.world > 1 else judged.to(run.device)
+    metrics = evaluate(run, judged, valid, table)  # of all held-out rows
     record.log(step, **metrics, final=True)
     common.export_weights(run, OUT, best)
-    state["finished"] = True
-    common.save(run, OUT, step, model, optimizers, state, constants)
     record.close()
     if run.first:
         common.plot_curves(OUT, ["loss", "valid_nats_per_token"], ["valid_bits_per_byte"])
+    state["finished"] = True  # the last thing: until now, a rerun goes on
+    common.save(run, OUT, step, model, optimizers, state, constants)
     run.say(f"done: {OUT}/best.pt, model.safetensors, curves.png; try: "
             f'python serve.py CHECKPOINT={OUT} PROMPT="..."')
     common.stop(run)

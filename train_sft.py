@@ -201,11 +201,11 @@ def main():
         metrics |= common.exact_match(run, judged, tokenizer, asked, EXACT_TOKENS)
     record.log(step, **metrics, final=True)
     common.export_weights(run, OUT, best)
-    state["finished"] = True
-    common.save(run, OUT, step, model, optimizers, state, constants)
     record.close()
     if run.first:
         common.plot_curves(OUT, ["loss"], ["valid_nats_per_answer_token"])
+    state["finished"] = True  # the last thing: until now, a rerun goes on
+    common.save(run, OUT, step, model, optimizers, state, constants)
     run.say(f"done: {OUT}/best.pt, model.safetensors, curves.png; ask it: python serve.py CHECKPOINT={OUT} "
             "PROMPTS=questions.jsonl")
     common.stop(run)

@@ -164,7 +164,7 @@ def write(path, folder, tokenizer, seq_len, share):
 def folder_of(run, path, tokenizer, seq_len, share):
     """`prepare` by one process a machine, while the others wait."""
     folder = prepare(path, tokenizer, seq_len, share) if run.local_rank == 0 else None
-    run.wait()
+    run.wait(common.PREPARE_TIMEOUT)
     return folder or prepare(path, tokenizer, seq_len, share)
 
 
@@ -185,9 +185,9 @@ class Chats:
     """The conversations of a folder's split, packed whole into rows of seq_len tokens."""
 
     def __init__(self, folder, split, seq_len, seed=0):
-        self.tokens = np.memmap(folder / f"{split}.bin", np.uint16, "r")
-        self.mask = np.memmap(folder / f"{split}.mask.bin", np.uint8, "r")
-        self.bounds = np.load(folder / f"{split}.idx.npy")
+        self.tokens = prepare_text.mapped(folder, f"{split}.bin")
+        self.mask = prepare_text.mapped(folder, f"{split}.mask.bin", np.uint8)
+        self.bounds = prepare_text.bounds_of(folder, split, self.tokens, self.mask)
         self.seq_len, self.seed, self.epoch = seq_len, seed, None
         self._plan(0)
         self.count = len(self.rows) - 1

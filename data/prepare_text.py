@@ -159,6 +159,28 @@ def held_out(text, share):
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") < share * 2**64
 
 
+def mapped(folder, name, kind=np.uint16):
+    """A file of numbers in a folder of token files, in memory as it is read. Raises BadInput."""
+    try:
+        return np.memmap(folder / name, kind, "r")
+    except (OSError, ValueError) as error:
+        raise common.BadInput(f"{folder} is damaged ({name}: {error}); remove it, it is made again") from None
+
+
+def bounds_of(folder, split, *files):
+    """Where each document begins and the last one ends; raises BadInput unless that is the end of `files`."""
+    try:
+        bounds = np.load(folder / f"{split}.idx.npy")
+    except (OSError, ValueError, EOFError) as error:
+        raise common.BadInput(f"{folder} is damaged ({split}.idx.npy: {str(error)[:80]}); remove it, it is "
+                              "made again") from None
+    wrong = [len(f) for f in files if len(f) != bounds[-1]]
+    if wrong:
+        raise common.BadInput(f"{folder} is damaged ({wrong[0]} tokens in {split}, {bounds[-1]} expected); "
+                              "remove it, it is made again")
+    return bounds
+
+
 def hash_file(path):
     return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
 
