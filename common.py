@@ -765,7 +765,8 @@ def resume(run: Run, out: str | Path, constants: dict, again: bool, fingerprint:
                 lock(run, out)
             if found and found["state"].get("fingerprint", "") != fingerprint:
                 data = "the data " + ", ".join(
-                    str(constants[k]) for k in ("DATA", "VALID", "INIT", "TEACHER") if constants.get(k))
+                    str(constants[k]) for k in ("DATA", "PANEL", "VALID", "INIT", "TEACHER")
+                    if constants.get(k))
                 raise BadInput(f"{data} changed since this run began (fingerprint "
                                f"{found['state'].get('fingerprint')}, now {fingerprint}); restore them, or "
                                "start over with RESUME=False")
