@@ -322,12 +322,14 @@ class Slots:
     def __init__(self, model, rows, context, chunk=64, kept=32_768, exact=True):
         self.model, self.rows, self.chunk, self.room = model, rows, chunk, kept // chunk
         self.head = getattr(model, "fixed_head", None) or (lambda x: x @ model.head_weight.T)
-        self.length = -(-(context + 1) // 256) * 256           # the last column takes what idle rows write
-        self.cache = common.Cache(model, rows, self.length)
+        self.length = -(-context // 256) * 256
+        self.cache = common.Cache(model, rows, self.length + 16)  # behind it idle rows write: nobody sees it
         self.blocks = collections.OrderedDict()                # chunks that were read, the latest used last
         self.widths = [2**i for i in range(rows.bit_length()) if 2**i < rows] + [rows]
         self.columns = 256
-        if exact:
+        if exact and model.sizes["n_experts"]:                 # who goes to an expert depends on everyone
+            self.widths = []
+        elif exact:
             with torch.inference_mode():
                 self.calibrate()
 
@@ -382,7 +384,7 @@ class Slots:
     def part(self, begin, end, slots, tokens, held, columns):
         """`decode` with rows begin to end of the cache; those without a job write where nobody reads."""
         ids, rows = [[0] for _ in range(end - begin)], self.cache.rows(begin, end)
-        rows.lengths = [self.length - 1] * (end - begin)
+        rows.lengths = [self.length] * (end - begin)
         for slot, token, n in zip(slots, tokens, held, strict=True):
             ids[slot - begin], rows.lengths[slot - begin] = [token], n
         hidden = self.model.read(self.tensor(ids), [1] * (end - begin), rows, width=min(columns, self.length))
