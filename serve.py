@@ -289,6 +289,9 @@ class Single:
     def reuse(self, job):
         pass
 
+    def free(self, slot):
+        self.cache = None
+
     def read(self, job):
         ids = torch.tensor([job.ids], device=self.model.head_weight.device)
         job.read = len(job.ids)
@@ -317,21 +320,37 @@ class Slots:
     at multiples of CHUNK: a chunk has the same shapes whoever else is there, and whole chunks can be copied
     from an earlier prompt that begins alike. A step of all rows together keeps to numbers of rows and columns
     for which `calibrate` has seen that every row gets the same bits; where there are none, rows go singly.
+    The cache has as many columns as the longest row needs, in steps: products read it without a copy.
     """
 
     def __init__(self, model, rows, context, chunk=64, kept=32_768, exact=True):
         self.model, self.rows, self.chunk, self.room = model, rows, chunk, kept // chunk
         self.head = getattr(model, "fixed_head", None) or (lambda x: x @ model.head_weight.T)
-        self.length = -(-context // 256) * 256
-        self.cache = common.Cache(model, rows, self.length + 16)  # behind it idle rows write: nobody sees it
+        self.most, self.least, self.cache = -(-context // 256) * 256, 256, None
+        self.held = [0] * rows                                 # columns in use; idle rows write behind them
+        self.resize(256)
         self.blocks = collections.OrderedDict()                # chunks that were read, the latest used last
         self.widths = [2**i for i in range(rows.bit_length()) if 2**i < rows] + [rows]
-        self.columns = 256
         if exact and model.sizes["n_experts"]:                 # who goes to an expert depends on everyone
             self.widths = []
         elif exact:
             with torch.inference_mode():
                 self.calibrate()
+
+    def resize(self, columns):
+        """Give the cache room for so many columns."""
+        self.length = min(self.most, -(-max(self.least, columns) // 256) * 256)
+        before, self.cache = self.cache, common.Cache(self.model, self.rows, self.length)
+        for old, new in zip(before.layers if before else (), self.cache.layers, strict=False):
+            for name, x in old.items():
+                n = min(x.shape[2], self.length)
+                new[name][:, :, :n] = x[:, :, :n]
+
+    def free(self, slot):
+        """The slot's job has ended; much less room is given back."""
+        self.held[slot] = 0
+        if max(self.held) + 1 <= self.length // 4:
+            self.resize(max(self.held) + 1)
 
     def tensor(self, ids):
         return torch.tensor(ids, device=self.model.head_weight.device)
@@ -348,14 +367,20 @@ class Slots:
             if block is None:
                 return
             self.blocks.move_to_end(key)
+            self.grow(end + 1)
             for memory, (k, v) in zip(self.cache.layers, block, strict=True):
                 memory["k"][job.slot, :, job.read:end], memory["v"][job.slot, :, job.read:end] = k, v
-            job.read = end
+            job.read = self.held[job.slot] = end
+
+    def grow(self, columns):
+        if columns > self.length:
+            self.resize(max(columns, self.length * 5 // 4))
 
     def read(self, job):
         """Read the next chunk of the job's prompt: logits (1, V) after it, or (T, V) of all if they are
         scored."""
         begin, end = job.read, min(len(job.ids), job.read + self.chunk)
+        self.grow(end + 1)
         row = self.cache.rows(job.slot, job.slot + 1)
         row.lengths = [begin]
         hidden = self.model.read(self.tensor([job.ids[begin:end]]), [end - begin], row, each=job.score_prompt)
@@ -365,71 +390,77 @@ class Slots:
                 for memory in self.cache.layers])              # (layers, 2, G, CHUNK, E)
             while len(self.blocks) > self.room:
                 self.blocks.popitem(last=False)
-        job.read = end
+        job.read = self.held[job.slot] = end
         return self.head(hidden.flatten(0, -2)).float().cpu()
 
     def step(self, jobs):
         """Read the last new token of every job: logits (jobs, V)."""
-        held = [len(job.ids) + len(job.new) - 1 for job in jobs]
-        columns = -(-(max(held) + 1) // self.columns) * self.columns
-        return self.decode([job.slot for job in jobs], [job.new[-1] for job in jobs], held, columns)
+        for job in jobs:
+            self.held[job.slot] = len(job.ids) + len(job.new) - 1
+        self.grow(max(self.held[job.slot] for job in jobs) + 1)
+        return self.decode([job.slot for job in jobs], [job.new[-1] for job in jobs])
 
-    def decode(self, slots, tokens, held, columns):
+    def decode(self, slots, tokens):
         if not self.widths:
-            return torch.cat([self.part(s, s + 1, [s], [t], [n], -(-(n + 1) // 256) * 256)
-                              for s, t, n in zip(slots, tokens, held, strict=True)])
+            return torch.cat([self.part(slot, slot + 1, [slot], [token])
+                              for slot, token in zip(slots, tokens, strict=True)])
         width = self.widths[bisect.bisect_left(self.widths, max(slots) + 1)]
-        return self.part(0, width, slots, tokens, held, columns)
+        return self.part(0, width, slots, tokens)
 
-    def part(self, begin, end, slots, tokens, held, columns):
-        """`decode` with rows begin to end of the cache; those without a job write where nobody reads."""
+    def part(self, begin, end, slots, tokens):
+        """`decode` with rows begin to end of the cache; those that are not in `slots` write where nobody
+        reads."""
         ids, rows = [[0] for _ in range(end - begin)], self.cache.rows(begin, end)
-        rows.lengths = [self.length] * (end - begin)
-        for slot, token, n in zip(slots, tokens, held, strict=True):
-            ids[slot - begin], rows.lengths[slot - begin] = [token], n
-        hidden = self.model.read(self.tensor(ids), [1] * (end - begin), rows, width=min(columns, self.length))
+        rows.lengths = self.held[begin:end]
+        for slot, token in zip(slots, tokens, strict=True):
+            ids[slot - begin] = [token]
+        columns = max(self.least, *(self.held[slot] + 1 for slot in slots))
+        columns = min(self.length, -(-columns // 256) * 256)
+        hidden = self.model.read(self.tensor(ids), [1] * (end - begin), rows, width=columns)
         return self.head(hidden)[[slot - begin for slot in slots]].float().cpu()
 
     def calibrate(self):
         """Keep the widths at which every row has the bits that it has at the greatest, at each place and with
         any neighbours: some products sum in another order for one to three rows than for more."""
-        generator = torch.Generator().manual_seed(0)
-        held = [200 - i % 9 for i in range(self.rows)]
+        generator, every = torch.Generator().manual_seed(0), list(range(self.rows))
+        held = [200 - i % 9 for i in every]
         tokens = torch.randint(len(self.model.head_weight), (self.rows,), generator=generator).tolist()
         for memory in self.cache.layers:
             for x in memory.values():
-                x[:, :, :256] = torch.randn(x[:, :, :256].shape, generator=generator).to(x)
-        every, usable, turned = range(self.rows), [], 0
+                x.copy_(torch.randn(x.shape, generator=generator))
 
-        def same(slots, columns=256):                          # as if all were there
-            slots = list(slots)
-            found = self.decode(slots, [tokens[(s - turned) % self.rows] for s in slots],
-                                [held[(s - turned) % self.rows] for s in slots], columns)
-            return torch.equal(found, whole[[(s - turned) % self.rows for s in slots]])
+        def logits(slots, turned):                             # row i stands in slot (i + turned) % rows
+            self.held = [held[slot - turned] if slot in slots else 250 for slot in every]
+            return self.decode(slots, [tokens[slot - turned] for slot in slots])
+
+        def same(slots, turned=0):
+            return torch.equal(logits(slots, turned), whole[[slot - turned for slot in slots]])
         candidates, self.widths = self.widths, self.widths[-1:]
-        whole = self.decode(every, tokens, held, 256)
-        if not same(every, self.length):
-            self.columns = self.length
-            whole = self.decode(every, tokens, held, self.length)
+        whole = logits(every, 0)
+        self.least = self.most
+        self.resize(self.most)
+        if same(every):
+            self.least = 256
+            self.resize(256)
+        whole, usable = logits(every, 0), set(candidates)
         for turned in (0, 1):
             for memory in self.cache.layers if turned else ():
                 for x in memory.values():
-                    x[:, :, :256] = x[:, :, :256].roll(1, 0)
-            usable.append([])
-            for width in candidates:
+                    x.copy_(x.roll(1, 0))
+            for width in list(usable):
                 self.widths = [width]
-                chosen = range(width), range(0, width, 2), [width - 1]
-                if all(same(slots, self.columns) for slots in chosen):
-                    usable[turned].append(width)
-        self.widths = [w for w in usable[0] if w in usable[1]] if self.rows in usable[0] + usable[1] else []
+                if not all(same(slots, turned) for slots in (every[:width], every[:width:2], [width - 1])):
+                    usable.remove(width)
+        self.widths, self.held = sorted(usable) if self.rows in usable else [], [0] * self.rows
 
     def move(self, job, slot):
         """Take the job to another slot."""
-        n = len(job.ids) + len(job.new)
+        self.held[slot], n = self.held[job.slot], self.held[job.slot] + 1
         for memory in self.cache.layers:
             for x in memory.values():
                 x[slot, :, :n] = x[job.slot, :, :n]
-        job.slot = slot
+        job.slot, before = slot, job.slot
+        self.free(before)
 
 
 class Full(Exception):
@@ -471,16 +502,17 @@ class Engine:
             self.closing, self.deadline = True, time.perf_counter() + seconds
             self.ready.notify()
 
+    @torch.inference_mode()
     def run(self):
         while True:
             with self.ready:
                 self.ready.wait_for(lambda: self.waiting or self.active or self.closing)
                 if self.closing and not self.waiting and not self.active:
                     return
-                self.admit()
             try:
-                with torch.inference_mode():
-                    self.turn()
+                with self.ready:
+                    self.admit()
+                self.turn()
             except Exception:  # out of memory, a broken device: these answers end, the server goes on
                 traceback.print_exc()
                 for job in list(self.active):
@@ -591,6 +623,7 @@ class Engine:
         """Free the job's slot; the asker gets the rest of the text and the reason."""
         if job in self.active:
             self.active.remove(job)
+            self.slots.free(job.slot)
         else:
             self.waiting.remove(job)
         if finish in ("length", "stop") and not job.stream.ended:
