@@ -449,7 +449,7 @@ def serve_():
     codec = serve.Codec(None)
     codec.table = [b"x"] * 6400
     ended = queue.Queue()
-    engine = serve.Engine(fast, codec, 16, 2560, 64, 0, True, 64, 1e9, lambda pieces: [
+    engine = serve.Engine(fast, codec, 16, 2560, serve.CHUNK, 0, True, 64, 1e9, lambda pieces: [
         ended.put((job, time.perf_counter())) for job, piece in pieces if piece.finish])
 
     def job(length, new):

@@ -63,7 +63,7 @@ API_KEY = ""              # what clients must send as a bearer token; also read 
 CORS = ""                 # the one other site, like "https://example.org", whose pages may call the server
 SLOTS = 16                # answers written at the same time
 CONTEXT = 0               # tokens of prompt and answer that a slot holds; 0 = the model's, at most 8,192
-CHUNK = 64                # prompt tokens read between two steps of the running answers
+CHUNK = 32                # prompt tokens read between two steps of the running answers
 PREFIX_TOKENS = 32_768    # tokens of prompts already read that are kept for prompts that begin alike
 EXACT = True              # use only batch widths that give every row the bits it has alone
 
@@ -282,7 +282,7 @@ class Single:
     a prompt at once. One answer at a time."""
 
     def __init__(self, model):
-        self.model, self.rows = model, 1
+        self.model, self.rows, self.chunk = model, 1, 0
         self.head = getattr(model, "fixed_head", None) or (lambda x: x @ model.head_weight.T)
         self.cached = isinstance(model, common.LM)
 
@@ -543,29 +543,42 @@ class Engine:
                 self.slots.move(last, free[0])
 
     def turn(self):
-        """Read a chunk of one prompt, then a step of every answer that runs."""
+        """Read a chunk of one prompt, and of two that have come meanwhile if one chunk is all that they need;
+        then a step of every answer that runs."""
         self.turns += 1
-        reading = [job for job in self.active if job.read < len(job.ids)]
-        if reading:  # the shortest rest first; now and then the oldest, so that none waits for ever
-            job = reading[0] if self.turns % 8 == 0 else min(reading, key=lambda j: len(j.ids) - j.read)
-            before = job.read
-            self.slots.reuse(job)
-            begin = job.read
-            job.reused += begin - before
-            self.count["prompt_tokens_reused"] += begin - before
-            logits = self.slots.read(job)
-            self.count["prompt_tokens"] += job.read - before
-            if job.score_prompt:
-                self.score_prompt(job, begin, logits)
-            if job.read == len(job.ids):
-                self.waits["first_token"].add(time.perf_counter() - job.begin)
-                if job.max_tokens:
-                    self.extend([job], logits[-1:])
-                else:
-                    self.end(job, "length")
+        self.read(oldest=self.turns % 8 == 0)
+        for _ in range(2):
+            with self.ready:
+                self.admit()
+            if not self.read(longest=self.slots.chunk):
+                break
         running = [job for job in self.active if job.new and not job.cancelled]
         if running:
             self.extend(running, self.slots.step(running))
+
+    def read(self, oldest=False, longest=math.inf):
+        """Read a chunk of the prompt with the shortest rest, now and then of the oldest, so that none waits
+        for ever; False if there is none."""
+        reading = [job for job in self.active if 0 < len(job.ids) - job.read <= longest]
+        if not reading:
+            return False
+        job = reading[0] if oldest else min(reading, key=lambda j: len(j.ids) - j.read)
+        before = job.read
+        self.slots.reuse(job)
+        begin = job.read
+        job.reused += begin - before
+        self.count["prompt_tokens_reused"] += begin - before
+        logits = self.slots.read(job)
+        self.count["prompt_tokens"] += job.read - before
+        if job.score_prompt:
+            self.score_prompt(job, begin, logits)
+        if job.read == len(job.ids):
+            self.waits["first_token"].add(time.perf_counter() - job.begin)
+            if job.max_tokens:
+                self.extend([job], logits[-1:])
+            else:
+                self.end(job, "length")
+        return True
 
     def extend(self, jobs, logits):
         """Choose a token for each job by its row of logits, and pass on what is certain."""
