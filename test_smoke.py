@@ -3012,6 +3012,18 @@ def test_every_error_has_its_class_in_the_official_client(client, served):
     assert httpx.get(served + "/health", headers={"Host": "evil.example"}).status_code == 403
 
 
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+def test_the_readmes_curl_lines_work(served):
+    lines = [x for x in (ROOT / "README.md").read_text().splitlines() if x.startswith("curl")]
+    assert len(lines) == 6
+    for line in lines:
+        line = line.replace("http://127.0.0.1:8000", served).replace('"model": "chat"', '"model": "tiny"')
+        line = line.replace("curl", "curl --fail -sS", 1)
+        found = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60)
+        assert found.returncode == 0 and found.stdout, (line, found.stderr)
+        assert ("[DONE]" in found.stdout) == ("curl -N" in line)
+
+
 TURN = '{"model": "tiny", "messages": [{"role": "user", "content": "hi"}], '
 INVALID = [
     b"", b"null", b"true", b"7", b'"text"', b"[]", b"{", b'{"model": "tiny"', b"\xff\xfe", b"NaN", b"{}",
