@@ -9,6 +9,7 @@ logits, AdamW unfused; its model is the same size and is written out below. Work
 and ours and the fastest of REPEAT is kept: these are shared machines.
 """
 
+import concurrent.futures
 import contextlib
 import datetime
 import functools
@@ -17,6 +18,7 @@ import json
 import math
 import os
 import platform
+import queue
 import re
 import signal
 import subprocess
@@ -32,6 +34,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
+import export
+import serve
 import train_distill
 import train_dpo
 import train_muon_dsa
@@ -433,6 +437,113 @@ def generate():
     rows.append(row("batch 8 against batch 1, both ours", alone, rate, "tokens/s"))
     common.stop(run)
     return rows
+
+
+def serve_():
+    """The server, 26M parameters, prompt 64, 128 new tokens: against Hugging Face's generate on the exported
+    model, 16 streams against one, the wait for a first token under load, and what HTTP costs."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    run, rows = common.start(0, "auto"), []
+    bandwidth = next(r["ours"] for r in limits() if r["unit"] == "GB/s")
+    ours = our_model(compile=False, seq_len=2560)
+    for p in ours.parameters():
+        if p.ndim == 2:
+            nn.init.normal_(p, std=0.02)
+    config = {k: v for k, v in export.config_of(ours.sizes).items() if k != "rope_scaling"}
+    theirs = Qwen3ForCausalLM(Qwen3Config(**config)).eval()
+    theirs.load_state_dict({common.hf_name(k): v for k, v in ours.state_dict().items()}, strict=False)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "big"
+        place.mkdir()
+        torch.save({**common.weights_of(ours), "step": 0}, place / "best.pt")
+        (place / "tokenizer.json").write_bytes((text_folder() / "tokenizer.json").read_bytes())
+        over_http = http_rates(place, run.dtype, (1, 8))
+    fast = common.for_inference(ours, run.dtype)
+    weights = sum(p.numel() * p.element_size() for p in fast.parameters())
+    codec = serve.Codec(None)
+    codec.table = [b"x"] * 6400
+    ended = queue.Queue()
+    engine = serve.Engine(fast, codec, 16, 2560, serve.CHUNK, 0, True, 64, 1e9, lambda pieces: [
+        ended.put((job, time.perf_counter())) for job, piece in pieces if piece.finish])
+
+    def job(length, new):
+        ids = torch.randint(3, 6400, (length,)).tolist()
+        return serve.Job(ids, new, common.TextStream(codec.table), temperature=0.0)
+
+    def streams(count):
+        engine.submit([job(64, 128) for _ in range(count)])
+        for _ in range(count):
+            ended.get()
+
+    def generated():
+        ids = torch.randint(3, 6400, (1, 64))
+        theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=128, min_new_tokens=128,
+                        do_sample=False)
+    base, one, eight, sixteen = fastest(REPEAT, as_shipped(generated), lambda: streams(1), lambda: streams(8),
+                                        lambda: streams(16))
+    rows.append(row("one stream, against generate of transformers, float32", 128 / base, 128 / one,
+                    "tokens/s", share_of_bandwidth=weights * 128 / one / 1e9 / bandwidth))
+    rows.append(row("8 streams against one", 128 / one, 8 * 128 / eight, "tokens/s"))
+    rows.append(row("16 streams against one", 128 / one, 16 * 128 / sixteen, "tokens/s"))
+
+    step, waits = eight / 128, []
+    for _ in range(REPEAT):  # 8 streams run, a long prompt is being read, and someone says hello
+        running, long, short = [job(64, 400) for _ in range(8)], job(2000, 1), job(12, 1)
+        engine.submit(running)
+        while not all(j.new for j in running):
+            time.sleep(1e-3)
+        engine.submit([long])
+        while not long.read:
+            time.sleep(1e-3)
+        short.begin = time.perf_counter()
+        engine.submit([short])
+        waits.append(next(at for j, at in iter(ended.get, None) if j is short) - short.begin)
+        assert long.read < len(long.ids)
+        engine.cancel([*running, long])
+        while engine.active:
+            time.sleep(1e-3)
+        while not ended.empty():
+            ended.get()
+    wait = sorted(waits)[len(waits) // 2]
+    rows.append(row("first token of a short prompt behind 8 streams and a long prompt", 3 * step * 1e3,
+                    wait * 1e3, "ms", 3 * step / wait, steps=wait / step))
+    for count, alone in ((1, one), (8, eight)):
+        rate = count * 128 / alone
+        rows.append(row(f"{count} streams over HTTP, against the engine alone", rate, over_http[count],
+                        "tokens/s", overhead=rate / over_http[count] - 1))
+    engine.close()
+    engine.thread.join()
+    common.stop(run)
+    return rows
+
+
+def http_rates(place, dtype, counts):
+    """tokens/s of the server as a process of its own, by number of streams."""
+    import httpx
+    words = [f"CHECKPOINT={place}", "PORT=0", f"DTYPE={str(dtype)[6:]}", "PREFIX_TOKENS=0"]
+    process = subprocess.Popen([sys.executable, "serve.py", *words], stdout=subprocess.PIPE, text=True,
+                               stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=Path(__file__).parent)
+    address = process.stdout.readline().split(": ")[-1].strip()
+
+    def one(_):
+        body = {"model": "big", "prompt": torch.randint(3, 6000, (64,)).tolist(), "max_tokens": 128,
+                "temperature": 0, "stream": True, "logit_bias": {"2": -100}}
+        with httpx.stream("POST", address + "/v1/completions", json=body, timeout=600) as answer:
+            for _ in answer.iter_bytes():
+                pass
+    rates = {}
+    try:
+        with concurrent.futures.ThreadPoolExecutor(max(counts)) as pool:
+            for count in counts:
+                seconds, = fastest(REPEAT, lambda n=count: list(pool.map(one, range(n))))
+                rates[count] = count * 128 / seconds
+    finally:
+        process.terminate()
+        process.wait()
+    return rates
+
+
+serve_.__name__ = "serve"
 
 
 def learn():
@@ -1309,8 +1420,8 @@ def sharding():
             for i, (whole, cut) in enumerate(zip(peaks[False], peaks[True], strict=True))]
 
 
-BENCHMARKS = (limits, train, memory, tokenize, startup, generate, learn, nsa, dsa, chat, impute, faults,
-              saving, sharding)
+BENCHMARKS = (limits, train, memory, tokenize, startup, generate, serve_, learn, nsa, dsa, chat, impute,
+              faults, saving, sharding)
 
 
 def main():

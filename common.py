@@ -15,6 +15,7 @@ import ast
 import bisect
 import codecs
 import contextlib
+import copy
 import dataclasses
 import datetime
 import difflib
@@ -1444,28 +1445,36 @@ class Cache:
         self.layers = [layer.attention.memory(rows, length, model.head_weight) for layer in model.layers]
         self.lengths = [0] * rows
 
+    def rows(self, begin: int, end: int) -> "Cache":
+        """Rows begin to end of this cache: the same memory, lengths of their own."""
+        part = copy.copy(self)
+        part.layers = [{name: x[begin:end] for name, x in memory.items()} for memory in self.layers]
+        part.lengths = self.lengths[begin:end]
+        return part
+
 
 @dataclasses.dataclass
 class Reading:
     """T more tokens of each row, for all layers alike: lengths before, how many each row reads (the rest is
     padding), their columns (B, T), and what they see: Documents when the cache was empty, else
-    attend_cached's bias."""
+    attend_cached's bias; `width` > 0: it is over so many columns, not only up to the longest row."""
     before: list[int]
     lengths: list[int]
     columns: Tensor
     sees: Documents | Tensor | None
+    width: int = 0
 
 
 def write_cache(cache: Tensor, x: Tensor, reading: Reading) -> Tensor:
     """Put x (B, G, T, E) behind what each row holds in cache (B, G, S, E); returns all up to the longest
-    row."""
+    row, or `width` columns."""
     T, longest = x.shape[2], max(reading.before)
     if min(reading.before) == longest:
         cache[:, :, longest:longest + T] = x
     else:
         rows = torch.arange(len(x), device=x.device)[:, None]
         cache[rows, :, reading.columns] = x.transpose(1, 2)
-    return cache[:, :, :longest + T]
+    return cache[:, :, :reading.width or longest + T]
 
 
 def attend_cached(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -2855,25 +2864,29 @@ class LM(nn.Module):
             balances.append(balance)
         return self.norm(x), torch.stack(balances).sum()
 
-    def read(self, ids: Tensor, lengths: Sequence[int], cache: Cache) -> Tensor:
+    def read(self, ids: Tensor, lengths: Sequence[int], cache: Cache, width: int = 0,
+             each: bool = False) -> Tensor:
         """Read `lengths[b]` more tokens of each row from ids (B, T), padded behind; hidden state of the last
-        (B, D)."""
+        (B, D), or of each (B, T, D). With `width` one more token a row attends over so many columns of the
+        cache, those behind it masked: products of the same shape however long the longest row is."""
         (B, T), device, before = ids.shape, ids.device, cache.lengths
         columns = torch.tensor(before, device=device)[:, None] + torch.arange(T, device=device)
         x, cos, sin = self._start(ids, columns.clamp(max=self.context - 1))
         real = torch.arange(T, device=device) < torch.tensor(lengths, device=device)[:, None]
         if max(before) == 0 and T > 1:
             sees = Documents(torch.where(real, 0, -1), flex=False)
-        elif T == 1 and min(before) == max(before):
+        elif T == 1 and min(before) == max(before) and not width:
             sees = None
         else:
-            future = torch.arange(max(before) + T, device=device) > columns[:, :, None]
+            future = torch.arange(width or max(before) + T, device=device) > columns[:, :, None]
             sees = torch.zeros_like(future, dtype=x.dtype).masked_fill_(future, -math.inf)
-        reading = Reading(before, list(lengths), columns, sees)
+        reading = Reading(before, list(lengths), columns, sees, width)
         for layer, memory in zip(self.layers, cache.layers, strict=True):
             x = x + layer.attention.cached(layer.norm_attn(x), cos, sin, memory, reading)
             x, _ = layer.add_mlp(x, real)
         cache.lengths = [a + b for a, b in zip(before, lengths, strict=True)]
+        if each:
+            return self.norm(x)
         last = torch.tensor(lengths, device=device) - 1
         return self.norm(x[:, -1] if T == 1 else x[torch.arange(B, device=device), last])
 

@@ -1556,8 +1556,6 @@ def test_serve_completes_a_prompt_or_standard_input(trained):
         [sys.executable, *arguments], input="the cat\n", capture_output=True, text=True, cwd=ROOT
     )
     assert piped.stdout == outputs[0] and "seed 3" in piped.stderr
-    empty = subprocess.run([sys.executable, *arguments], input="", capture_output=True, text=True, cwd=ROOT)
-    assert empty.returncode == 1 and "nothing to continue" in empty.stderr and "Traceback" not in empty.stderr
 
 
 def test_serve_answers_a_file_in_order(trained, tmp_path, monkeypatch):
@@ -3565,3 +3563,690 @@ def test_a_base_that_changed_under_an_unfinished_adapter_is_refused(train_adapte
     torch.save(found, tmp_path / "base/best.pt")
     with pytest.raises(common.BadInput, match="/base changed since this run began"):
         train_adapter(INIT=str(tmp_path / "base"))
+
+
+# --- serving
+
+def serving_folder(out, tokens, seed=1, **changes):
+    """A folder of a random model with the tokenizer of `tokens`, as training leaves it."""
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=320, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, seq_len=512)
+    kind = common.Classic if changes.pop("classic", False) else common.LM
+    model = kind(**{**{k: v for k, v in sizes.items() if kind is common.LM or k != "n_kv_heads"}, **changes})
+    for p in model.parameters():
+        if p.ndim == 2:
+            torch.nn.init.normal_(p, std=0.2)
+    out.mkdir(parents=True)
+    torch.save({**common.weights_of(model), "step": 3, "metrics": {}}, out / "best.pt")
+    if model.sizes["vocab_size"] != 256:
+        (out / "tokenizer.json").write_bytes((tokens / "tokenizer.json").read_bytes())
+    return out
+
+
+@contextlib.contextmanager
+def server_process(folder, **constants):
+    """(address, process) of `python serve.py` on a free port of this machine."""
+    constants = {"CHECKPOINT": folder, "PORT": 0, "DTYPE": "float32", "SLOTS": 8, "CHUNK": 16, **constants}
+    log = open(f"{folder}.log", "w")
+    process = launch("serve.py", *(f"{k}={v}" for k, v in constants.items()), stderr=log,
+                     stdin=subprocess.DEVNULL)
+    try:
+        line = process.stdout.readline()
+        assert "http://127.0.0.1:" in line, line + Path(log.name).read_text()
+        yield line.split(": ")[-1].strip(), process
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        finally:
+            process.kill()
+            log.close()
+
+
+@pytest.fixture(scope="session")
+def served(tokens, tmp_path_factory):
+    """The address of a server of a tiny random model."""
+    folder = serving_folder(tmp_path_factory.mktemp("served") / "tiny", tokens)
+    with server_process(folder, BODY_SECONDS=2.0, MAX_BODY=100_000) as (address, process):
+        yield address
+        assert process.poll() is None                                     # nothing above has brought it down
+
+
+@pytest.fixture(scope="session")
+def client(served):
+    import openai
+    return openai.OpenAI(base_url=served + "/v1", api_key="none", max_retries=0, timeout=60)
+
+
+def gauge(address, name):
+    import httpx
+    text = httpx.get(address + "/metrics").text
+    return float(next(x for x in text.splitlines() if x.startswith(f"nanosparse_{name} ")).split()[1])
+
+
+def idle(address):
+    """True as soon as no slot is taken."""
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        if gauge(address, "slots_busy") == gauge(address, "queue_length") == 0:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+HELLO = [{"role": "user", "content": "the cat sees 月"}]
+
+
+def test_the_official_client_chats(client):
+    ask = dict(model="tiny", messages=HELLO, max_tokens=12, seed=5)
+    whole = client.chat.completions.create(**ask)
+    choice = whole.choices[0]
+    assert choice.finish_reason == "length" and choice.message.role == "assistant"
+    assert whole.usage.completion_tokens == 12
+    assert whole.usage.total_tokens == whole.usage.prompt_tokens + 12
+    assert whole.id.startswith("chatcmpl-") and whole.system_fingerprint.startswith("fp_")
+    assert client.chat.completions.create(**ask).choices[0].message.content == choice.message.content
+    other = client.chat.completions.create(**{**ask, "seed": 6}).choices[0].message.content
+    assert other != choice.message.content
+    pieces = list(client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
+    assert pieces[0].choices[0].delta.role == "assistant"
+    assert "".join(p.choices[0].delta.content or "" for p in pieces if p.choices) == choice.message.content
+    assert pieces[-2].choices[0].finish_reason == "length"
+    assert not pieces[-1].choices and pieces[-1].usage.total_tokens == whole.usage.total_tokens
+    assert all(p.usage is None for p in pieces[:-1])
+    raw = client.chat.completions.with_raw_response.create(**ask)
+    assert raw.http_response.status_code == 200 and raw.headers["content-type"] == "application/json"
+    assert raw.parse().choices[0].message.content == choice.message.content
+    parts = [{"role": "developer", "content": "Be brief."},
+             {"role": "user", "content": [{"type": "text", "text": t} for t in ("the cat", " sees")]}]
+    joined = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "the cat sees"}]
+    first, second = (client.chat.completions.create(**{**ask, "messages": m}).choices[0].message.content
+                     for m in (parts, joined))
+    assert first == second
+    own = choice.message.model_dump()                          # with its null fields
+    again = client.chat.completions.create(**{**ask, "messages": [*HELLO, own, *HELLO]})
+    assert again.choices[0].finish_reason == "length"
+
+
+def test_the_official_client_completes(client, tokenizer):
+    ask = dict(model="tiny", max_tokens=8, temperature=0)
+    text = client.completions.create(prompt="the cat", **ask)
+    ids = [common.BOS, *common.encode(tokenizer, "the cat")]
+    same = client.completions.create(prompt=ids, **ask)
+    assert text.choices[0].text == same.choices[0].text and text.usage.prompt_tokens == len(ids)
+    several = client.completions.create(prompt=["the cat", "a dog"], n=3, **ask)
+    assert [c.index for c in several.choices] == list(range(6))
+    assert several.choices[2].text == text.choices[0].text
+    both = client.completions.create(prompt=[ids, ids], **ask)
+    assert [c.text for c in both.choices] == [text.choices[0].text] * 2
+    echo = client.completions.create(prompt="the 月", echo=True, logprobs=2, **ask).choices[0]
+    assert echo.text.startswith("the 月") and echo.logprobs.token_logprobs[0] is None
+    assert len(echo.logprobs.tokens) == len(echo.logprobs.token_logprobs) == len(echo.logprobs.text_offset)
+    assert all(len(t) in (2, 3) for t in echo.logprobs.top_logprobs[1:])
+    scored = client.completions.create(prompt="the 月", echo=True, logprobs=0, model="tiny", max_tokens=0)
+    assert scored.choices[0].text == "the 月" and scored.usage.completion_tokens == 0
+    n = scored.usage.prompt_tokens
+    assert scored.choices[0].logprobs.token_logprobs == echo.logprobs.token_logprobs[:n]
+    streamed = client.completions.create(prompt="the cat", stream=True, echo=True, **ask)
+    assert "".join(c.choices[0].text for c in streamed) == "the cat" + text.choices[0].text
+
+
+def test_log_probabilities_are_the_models(client, served, tmp_path_factory, tokens, tokenizer):
+    answer = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=6, temperature=0,
+                                            logprobs=True, top_logprobs=3, n=3)
+    assert len(answer.choices) == 3
+    content = answer.choices[1].logprobs.content
+    folder = next(tmp_path_factory.getbasetemp().glob("served*/tiny"))
+    model = common.build(common.load(folder / "best.pt")).eval()
+    ids = common.render_chat(tokenizer, HELLO, reply=True)[0]
+    for entry in content:
+        logits = F.linear(model.hidden(torch.tensor([ids]))[0][0, -1], model.head_weight).log_softmax(-1)
+        best = logits.topk(3)
+        assert entry.logprob == pytest.approx(best.values[0].item(), abs=1e-3)
+        assert [t.logprob for t in entry.top_logprobs] == pytest.approx(best.values.tolist(), abs=1e-3)
+        ids.append(best.indices[0].item())
+        assert bytes(entry.bytes) == common.token_bytes(tokenizer)[ids[-1]]
+    pieces = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=6, temperature=0,
+                                            logprobs=True, stream=True)
+    values = [e.logprob for p in pieces if p.choices[0].logprobs for e in p.choices[0].logprobs.content]
+    assert values == [e.logprob for e in content]
+
+
+def test_the_official_async_client_streams_many_and_none_are_mixed_up(client, served):
+    import asyncio
+
+    import openai
+    asks = [dict(model="tiny", messages=[{"role": "user", "content": f"{'the cat sees ' * (i % 9)}{i}"}],
+                 max_tokens=10 + i % 17, seed=i, temperature=i % 3 / 2) for i in range(64)]
+
+    async def one(asker, ask):
+        stream = await asker.chat.completions.create(**ask, stream=True)
+        return "".join([p.choices[0].delta.content or "" async for p in stream])
+
+    async def all_at_once():
+        async with openai.AsyncOpenAI(base_url=served + "/v1", api_key="none", max_retries=0) as asker:
+            return await asyncio.gather(*(one(asker, ask) for ask in asks))
+    together = asyncio.run(all_at_once())
+    alone = [client.chat.completions.create(**ask).choices[0].message.content for ask in asks]
+    assert together == alone and len(set(alone)) > 32
+
+
+@pytest.fixture(params=["none", "bf16"])
+def float32_by(request):
+    """float32 products by MKL, or by oneDNN."""
+    before, torch.backends.mkldnn.matmul.fp32_precision = (
+        torch.backends.mkldnn.matmul.fp32_precision, request.param)
+    yield
+    torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_experts": 4}, {"attention": "window", "sparse": {"window": 20}}])
+def test_a_neighbour_changes_no_bit_of_an_answer(changes, float32_by):
+    """Tokens and log-probabilities, in float32, alone and among 31 others that come and go; the prompts share
+    beginnings, so that it must not matter either what was reused."""
+    net = common.for_inference(tiny_lm(vocab_size=320, dim=64, seq_len=400, **changes).float(), torch.float32)
+    rng, codec = np.random.default_rng(0), serve.Codec(None)
+    codec.table, codec.end = [bytes([i % 256]) for i in range(320)], 2
+    shared = rng.integers(3, 320, 150).tolist()
+    asks = [dict(ids=[1, *shared[:(0, 40, 64, 130, 150)[i % 5]],
+                      *rng.integers(3, 320, (1, 5, 70)[i % 3]).tolist()],
+                 max_tokens=(5, 20, 40)[i % 3], seed=i, temperature=(0, 0, 0.9)[i % 3], top=2,
+                 frequency=i % 2 * 0.5) for i in range(32)]
+
+    def answers(alone):
+        import queue
+        ended, scores = queue.Queue(), {}
+
+        def post(pieces):
+            for job, piece in pieces:
+                scores.setdefault(job, []).extend(piece.scores)
+                if piece.finish:
+                    ended.put(piece.finish)
+        engine = serve.Engine(net, codec, 32, 400, 32, 4096, True, 64, 100.0, post)
+        jobs = [serve.Job(stream=common.TextStream(codec.table), **ask) for ask in asks]
+        for job in jobs:
+            engine.submit([job])
+            assert not alone or ended.get(timeout=60) in ("stop", "length")
+            time.sleep(0 if alone else 0.003)
+        for _ in () if alone else jobs:
+            assert ended.get(timeout=60) in ("stop", "length")
+        engine.close()
+        engine.thread.join(10)
+        assert engine.count["prompt_tokens_reused"] > 1000
+        return [(job.new, scores[job]) for job in jobs]
+    assert answers(alone=True) == answers(alone=False)
+
+
+def test_a_reused_prefix_is_counted_and_changes_nothing(client):
+    ask = dict(model="tiny", temperature=0, max_tokens=9, logprobs=True)
+    turns = [{"role": "system", "content": "the king of cats " * 5}, *HELLO]
+    first = client.chat.completions.create(messages=turns, **ask)
+    second = client.chat.completions.create(messages=turns, **ask)
+    reused = second.usage.prompt_tokens_details.cached_tokens
+    assert first.usage.prompt_tokens - 16 <= reused < first.usage.prompt_tokens and reused % 16 == 0
+    assert first.choices == second.choices
+
+
+def test_stop_strings_end_an_answer_wherever_they_fall(client):
+    ask = dict(model="tiny", prompt="the cat", temperature=0, max_tokens=40)
+    text = client.completions.create(**ask).choices[0].text
+    for begin, length in ((0, 1), (0, 3), (1, 2), (5, 1), (7, 6), (len(text) - 2, 2)):
+        stop = text[begin:begin + length]
+        choice = client.completions.create(stop=["\x00never", stop], **ask).choices[0]
+        assert choice.text == text[:text.find(stop)] and choice.finish_reason == "stop"
+        pieces = client.completions.create(stop=stop, stream=True, **ask)
+        assert "".join(p.choices[0].text for p in pieces) == choice.text
+    begun = client.completions.create(stop=[text[-3:] + "x", text[3:6] + "\x00"], **ask).choices[0]
+    assert begun.text == text and begun.finish_reason == "length"         # they begin, then the text goes on
+
+
+@pytest.mark.parametrize("text, stop, shown", [
+    ("春眠🙂不觉晓", [], "春眠🙂不觉晓"), ("春眠🙂不觉晓", ["🙂"], "春眠"), ("🙂春", ["🙂"], ""),
+    ("aab", ["ab"], "a"), ("aaab", ["aab"], "a"), ("ababac", ["abac"], "ab"), ("xabcd", ["abcd", "bc"], "xa"),
+    ("ab 山水", ["山河", "b 山"], "a"), ("停止", ["停止了"], "停止"), ("👩‍👩‍👧e\u0301", ["👧"], "👩‍👩‍"),
+    ("\n\n", ["\n\n"], ""), ("a\n b", ["\n\n"], "a\n b"),
+])
+def test_one_byte_at_a_time_no_character_and_no_stop_string_is_torn(text, stop, shown):
+    stream, out = common.TextStream([bytes([i]) for i in range(256)], stop), ""
+    for byte in text.encode():
+        piece = stream.feed(byte)
+        assert "\ufffd" not in piece
+        out += piece
+        if stream.ended:
+            break
+    assert out + stream.finish() == shown
+
+
+def test_biases_and_penalties_do_what_they_say(client):
+    ask = dict(model="tiny", prompt="the cat", temperature=0, max_tokens=12)
+    forced = client.completions.create(logit_bias={"40": 100}, logprobs=0, **ask).choices[0]
+    assert len(set(forced.logprobs.tokens)) == 1
+    varied = client.completions.create(logit_bias={"40": 5}, frequency_penalty=2, presence_penalty=2,
+                                       logprobs=0, **ask).choices[0]
+    assert len(set(varied.logprobs.tokens)) > 3
+    assert client.completions.create(logit_bias={"2": 100}, **ask).choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("field, value", [
+    ("tools", [{"type": "function", "function": {"name": "f"}}]), ("tool_choice", "auto"),
+    ("functions", [{"name": "f"}]), ("response_format", {"type": "json_object"}),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "x"}}), ("audio", {"voice": "x"}),
+    ("modalities", ["text", "audio"]),
+    ("reasoning_effort", "high"), ("prediction", {"type": "content", "content": "x"}), ("nonsense", 3)])
+def test_what_is_not_supported_is_refused_by_name(client, field, value):
+    import openai
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(model="tiny", messages=HELLO, extra_body={field: value})
+    assert error.value.param == field and field in error.value.message
+    assert error.value.code in ("unsupported_parameter", "unknown_parameter")
+
+
+def test_every_error_has_its_class_in_the_official_client(client, served):
+    import httpx
+    import openai
+    ask = dict(model="tiny", messages=HELLO)
+    with pytest.raises(openai.NotFoundError) as error:
+        client.chat.completions.create(**{**ask, "model": "gpt-4"})
+    assert error.value.code == "model_not_found"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt-4")
+    for prompt, more in (("the " * 900, {}), ("the", {"max_tokens": 600}), ("x" * 60_000, {})):
+        with pytest.raises(openai.BadRequestError, match="maximum context length is 512") as error:
+            client.completions.create(model="tiny", prompt=prompt, **more)
+        assert error.value.code == "context_length_exceeded"
+    for param, value in (("temperature", 3), ("top_p", -1), ("n", 99), ("stop", ["a"] * 5), ("max_tokens", 0),
+                         ("logit_bias", {"999": 1}), ("top_logprobs", 2), ("seed", 1.5)):
+        with pytest.raises(openai.BadRequestError) as error:
+            client.chat.completions.create(**ask, extra_body={param: value})
+        assert error.value.param == param and error.value.type == "invalid_request_error"
+    with pytest.raises(openai.BadRequestError, match=r"messages\[0\].content\[0\]"):
+        client.chat.completions.create(model="tiny", messages=[
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}])
+    assert client.models.list().data[0].id == "tiny"
+    assert client.models.retrieve("tiny").owned_by == "nanosparse"
+    assert httpx.get(served + "/health").json() == {"status": "ok"}
+    assert httpx.get(served + "/v1/nothing").json()["error"]["type"] == "invalid_request_error"
+    assert httpx.delete(served + "/v1/models").status_code == 405
+    assert httpx.get(served + "/health", headers={"Host": "evil.example"}).status_code == 403
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+def test_the_readmes_curl_lines_work(served):
+    lines = [x for x in (ROOT / "README.md").read_text().splitlines() if x.startswith("curl")]
+    assert len(lines) == 6
+    for line in lines:
+        line = line.replace("http://127.0.0.1:8000", served).replace('"model": "chat"', '"model": "tiny"')
+        line = line.replace("curl", "curl --fail -sS", 1)
+        found = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60)
+        assert found.returncode == 0 and found.stdout, (line, found.stderr)
+        assert ("[DONE]" in found.stdout) == ("curl -N" in line)
+
+
+TURN = '{"model": "tiny", "messages": [{"role": "user", "content": "hi"}], '
+INVALID = [
+    b"", b"null", b"true", b"7", b'"text"', b"[]", b"{", b'{"model": "tiny"', b"\xff\xfe", b"NaN", b"{}",
+    *(f'{{"model": "tiny", "messages": {messages}}}' for messages in (
+        "null", '"hi"', "42", "[]", "[null]", '["hi"]', '[{"role": "user"}]', '[{"content": "hi"}]',
+        '[{"role": "king", "content": "hi"}]', '[{"role": "tool", "content": "hi"}]',
+        '[{"role": 1, "content": "hi"}]', '[{"role": "user", "content": 5}]',
+        '[{"role": "user", "content": null}]', '[{"role": "user", "content": {}}]',
+        '[{"role": "user", "content": []}]', '[{"role": "user", "content": ["hi"]}]',
+        '[{"role": "user", "content": [{"type": "text"}]}]', '[{"role": "user", "content": "\\ud800"}]')),
+    '{"model": ["tiny"], "messages": [{"role": "user", "content": "hi"}]}',
+    TURN + '"temperature": NaN}', TURN + '"temperature": 1e999}', TURN + '"max_tokens": 1e3}',
+    TURN + '"seed": ' + "9" * 400 + "}", TURN + '"seed": ' + "9" * 9000 + "}", TURN + '"n": true}',
+    *(f'{{"model": "tiny", "prompt": {prompt}}}' for prompt in (
+        "[" * 40_000 + "]" * 40_000, '[1, "a"]', "[[1], 2]", "[-1]", "[320]", "[]", "[[]]", "[true]", "null",
+        '["\\udfff"]', '"a", "stop": [""]', '"a", "stop": 3', '"a", "stream": "yes"',
+        '"a", "logit_bias": {"x": 1}', '"a", "logit_bias": {"5": 101}',
+        '"a", "stream_options": {"include_usage": true}'))]
+
+
+def test_invalid_bodies_are_answered_with_json_and_4xx(served):
+    import httpx
+    json_type = {"Content-Type": "application/json"}
+    with httpx.Client(base_url=served, timeout=30) as http:
+        for path in ("/v1/chat/completions", "/v1/completions"):
+            for body in INVALID:
+                answer = http.post(path, content=body, headers=json_type)
+                assert answer.status_code == 400 and answer.json()["error"]["message"], (body, answer.text)
+            good = json.dumps({"model": "tiny", "messages": HELLO, "max_tokens": 1}).encode()
+            for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
+                answer = http.post(path, content=good, headers={"Content-Type": kind})
+                assert answer.status_code == 415 and answer.json()["error"]["message"]
+            answer = http.post(path, content=b" " * 100_001, headers=json_type)
+            assert answer.status_code == 413 and answer.json()["error"]["message"]
+        nul = http.post("/v1/completions", json={"model": "tiny", "prompt": "\x00</s>\x00", "max_tokens": 2})
+        assert nul.status_code == 200
+    assert idle(served)
+
+
+FUZZ_CASES = 300  # 5,000 for a thorough look
+
+
+def test_no_request_brings_the_server_down(served):
+    import httpx
+    odd = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20),
+                    st.lists(st.integers(-3, 400), max_size=4), st.lists(st.text(max_size=5), max_size=4),
+                    st.dictionaries(st.text(max_size=5), st.integers(), max_size=3))
+    turns = st.fixed_dictionaries({"role": st.sampled_from(["user", "system", "assistant", "x"]),
+                                   "content": st.text(max_size=30) | odd})
+    values = {
+        "messages": st.lists(turns, max_size=3), "n": st.integers(0, 3), "echo": st.booleans(),
+        "prompt": st.text(max_size=30) | st.lists(st.integers(0, 319), max_size=9),
+        "temperature": st.floats(0, 2), "top_p": st.floats(0, 1), "top_k": st.integers(0, 400),
+        "stop": st.text(max_size=3) | st.lists(st.text(max_size=3), max_size=5),
+        "seed": st.integers(-2**63, 2**64), "logprobs": st.booleans() | st.integers(0, 6),
+        "top_logprobs": st.integers(-1, 22), "presence_penalty": st.floats(-2, 2),
+        "logit_bias": st.dictionaries(st.integers(0, 330).map(str), st.floats(-101, 101), max_size=3),
+        "stream": st.booleans(), "tools": st.just([]), "user": st.text(max_size=4),
+        "stream_options": st.fixed_dictionaries({"include_usage": st.booleans()})}
+    few = {"max_tokens": st.integers(0, 5), "model": st.just("tiny")}
+    body = st.fixed_dictionaries(few, optional={k: v | odd for k, v in values.items()})
+    sound = st.fixed_dictionaries({k: values[k] for k in ("prompt", "messages")})
+    seen = set()
+    with httpx.Client(base_url=served, timeout=60) as http:
+        @settings(max_examples=FUZZ_CASES, deadline=None, database=None)
+        @given(path=st.sampled_from(["/v1/chat/completions", "/v1/completions"]), body=body,
+               base=sound | st.just({}))
+        def knock(path, body, base):
+            base = {k: v for k, v in base.items() if k != ("prompt" if "chat" in path else "messages")}
+            answer = http.post(path, content=json.dumps({**base, **body}).encode(),
+                               headers={"Content-Type": "application/json"})
+            seen.add(answer.status_code)
+            assert answer.status_code in (200, 400, 404, 429), answer.text
+            if answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream"):
+                assert answer.text.endswith("data: [DONE]\n\n") and '"error"' not in answer.text
+            else:
+                assert "error" in answer.json() or answer.json()["choices"]
+        knock()
+    assert {200, 400} <= seen and idle(served)
+
+
+def raw_request(address, sent):
+    import socket
+    host, port = address.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=20)
+    connection.sendall(sent)
+    return connection
+
+
+def posted(body, length=None, path="/v1/chat/completions"):
+    return (f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
+            f"{len(body) if length is None else length}\r\n\r\n").encode() + body
+
+
+def test_a_client_that_leaves_frees_its_slot(served, client):
+    ask = json.dumps({"model": "tiny", "messages": HELLO, "stream": True, "logit_bias": {"2": -100}}).encode()
+    before = gauge(served, 'generated_tokens_total')
+    connections = [raw_request(served, posted(ask)) for _ in range(6)]
+    connections += [raw_request(served, posted(ask.replace(b"true", b"false"))) for _ in range(2)]
+    for connection in connections[:6]:
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+    assert gauge(served, "slots_busy") > 0
+    for connection in connections:
+        connection.close()
+    assert idle(served)
+    assert gauge(served, "generated_tokens_total") - before < 8 * 440       # eight whole answers: 8 × 490
+    stream = client.chat.completions.create(model="tiny", messages=HELLO, stream=True)
+    next(iter(stream))
+    stream.close()
+    assert idle(served)
+
+
+def test_slow_half_sent_and_dropped_connections_hold_nothing_up(served):
+    slow = [raw_request(served, posted(b'{"model"', 500)) for _ in range(10)]
+    silent = [raw_request(served, b"POST /v1/chat") for _ in range(10)]
+    for _ in range(300):
+        raw_request(served, b"GET / HTTP/1.1\r\nHost: localhost\r\n").close()
+    lazy = raw_request(served, posted(json.dumps(
+        {"model": "tiny", "messages": HELLO, "stream": True, "n": 4}).encode()))  # asks and does not read
+    import httpx
+    begin = time.monotonic()
+    assert httpx.get(served + "/health").status_code == 200 and time.monotonic() - begin < 2
+    answer = b""
+    while part := slow[0].recv(4096):
+        answer += part
+    assert b" 408 " in answer.split(b"\r\n")[0] and b'"error"' in answer
+    for connection in [*slow, *silent, lazy]:
+        connection.close()
+    assert idle(served)
+
+
+def test_a_guarded_server_wants_its_key_limits_its_queue_and_shuts_down_cleanly(tokens, tmp_path):
+    import httpx
+    import openai
+    output = finish(launch("serve.py", "HOST=0.0.0.0", f"CHECKPOINT={tmp_path}", stdin=subprocess.DEVNULL), 1)
+    assert "set API_KEY" in output and "Traceback" not in output
+    folder = serving_folder(tmp_path / "tiny", tokens, dim=128, seq_len=2048)
+    constants = dict(API_KEY="secret", SLOTS=1, QUEUE=1, CORS="https://a.example")
+    with server_process(folder, **constants) as (address, process):
+        with pytest.raises(openai.AuthenticationError) as error:
+            openai.OpenAI(base_url=address + "/v1", api_key="wrong", max_retries=0).models.list()
+        assert error.value.code == "invalid_api_key"
+        for origin, allowed in (("https://a.example", "https://a.example"), ("https://b.example", None)):
+            found = httpx.options(address + "/v1/models", headers={"Origin": origin})
+            assert found.headers.get("access-control-allow-origin") == allowed
+        assert httpx.get(address + "/metrics").status_code == 401 and httpx.get(address).status_code == 200
+        key = {"Authorization": "Bearer secret"}
+        http = httpx.Client(base_url=address, headers=key, timeout=60)
+        body = {"model": "tiny", "messages": HELLO, "stream": True, "logit_bias": {"2": -100}}
+        with http.stream("POST", "/v1/chat/completions", json=body) as running:
+            lines = running.iter_lines()
+            next(lines)
+            with http.stream("POST", "/v1/chat/completions", json=body) as waiting:
+                full = http.post("/v1/chat/completions", json=body)
+                assert full.status_code == 429 and int(full.headers["retry-after"]) >= 1
+                assert full.json()["error"]["code"] == "rate_limit_exceeded"
+                process.send_signal(signal.SIGTERM)
+                begin, rest = time.monotonic(), "".join(waiting.iter_lines())
+                assert "shutting down" in rest and "[DONE]" not in rest
+            rest = "".join(lines)
+            assert "[DONE]" in rest or "shutting down" in rest
+        process.wait(30)
+        assert time.monotonic() - begin < 15
+    log = Path(f"{folder}.log").read_text()
+    assert "Traceback" not in log and "the cat" not in log and "POST /v1/chat/completions 429" in log
+
+
+@pytest.mark.parametrize("changes, name", [
+    (dict(classic=True, n_heads=4, hidden_dim=64, dim=32, n_layers=2, seq_len=128), "classic"),
+    (dict(vocab_size=256, attention="nsa", sparse=dict(window=16, compress_block=8, compress_stride=8,
+                                                       select_block=8, n_selected=2)), "bytes")])
+def test_models_without_slots_are_served_one_at_a_time(tokens, tmp_path, changes, name):
+    import concurrent.futures
+
+    import openai
+    with server_process(serving_folder(tmp_path / name, tokens, **changes)) as (address, _):
+        client = openai.OpenAI(base_url=address + "/v1", api_key="none", max_retries=0, timeout=60)
+        ask = dict(model=name, prompt="the cat", max_tokens=12)
+        first = client.completions.create(seed=1, logprobs=1, echo=True, **ask).choices[0]
+        assert first.text.startswith("the cat") and len(first.logprobs.tokens) > 12
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda i: client.completions.create(seed=i, **ask), range(4)))
+        assert "the cat" + answers[1].choices[0].text == first.text
+        pieces = client.chat.completions.create(model=name, messages=HELLO, stream=True, max_tokens=5)
+        assert [p.choices[0].finish_reason for p in pieces][-1] == "length"
+        assert idle(address)
+
+
+def test_an_exported_folder_is_served(tokens, tmp_path, monkeypatch):
+    folder = serving_folder(tmp_path / "mine", tokens)
+    for name, value in dict(CHECKPOINT=str(folder), OUT=str(tmp_path / "hf")).items():
+        monkeypatch.setattr(export, name, value)
+    export.main()
+    texts = []
+    for place in (folder, tmp_path / "hf"):
+        for name, value in dict(CHECKPOINT=str(place), PROMPT="the cat", MAX_TOKENS=8, SEED=1).items():
+            monkeypatch.setattr(serve, name, value)
+        texts.append(serve.main())
+    assert texts[0] == texts[1] != ""
+
+
+class Browser:
+    """Headless Chromium, driven through the DevTools protocol over a pipe."""
+
+    def __init__(self, folder, url):
+        import fcntl
+        ends = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 20) for pair in (os.pipe(), os.pipe()) for fd in pair]
+
+        def child():
+            os.dup2(ends[0], 3)
+            os.dup2(ends[3], 4)
+        self.process = subprocess.Popen(
+            [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
+             f"--user-data-dir={folder}", "--no-first-run", "about:blank"],
+            pass_fds=(3, 4), preexec_fn=child, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        os.close(ends[0])
+        os.close(ends[3])
+        self.out, self.into, self.number, self.session = ends[1], os.fdopen(ends[2], "rb"), 0, None
+        self.logged = []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log"):
+            self.call(domain + ".enable")
+        self.call("Page.navigate", url=url)
+
+    def call(self, method, **params):
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": params}
+        message |= {"sessionId": self.session} if self.session else {}
+        os.write(self.out, json.dumps(message).encode() + b"\0")
+        while True:
+            read = bytearray()
+            while (byte := self.into.read(1)) != b"\0":
+                assert byte, "the browser has ended"
+                read += byte
+            found = json.loads(read)
+            if found.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
+                if found["params"].get("entry", {}).get("level") != "verbose":
+                    self.logged.append(found["params"])
+            if found.get("id") == self.number:
+                assert "error" not in found, found
+                return found["result"]
+
+    def run(self, script):
+        found = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def until(self, script):
+        end = time.monotonic() + 20
+        while not (value := self.run(script)):
+            assert time.monotonic() < end, (script, self.run("document.body.innerText"))
+            time.sleep(0.05)
+        return value
+
+    def press(self, key, code):
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code,
+                      **({"text": "\r"} if key == "Enter" and kind == "keyDown" else {}))
+
+    def say(self, text):
+        self.run("document.getElementById('box').focus()")
+        self.call("Input.insertText", text=text)
+        self.press("Enter", 13)
+
+    def screenshot(self, path, width=1100, height=760, theme="light"):
+        import base64
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
+                  mobile=width < 600)
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
+        time.sleep(0.2)
+        Path(path).write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.out)
+        self.into.close()
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture
+def browser(served, tmp_path):
+    if not CHROMIUM:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    found = Browser(tmp_path / "profile", served + "/")
+    yield found
+    found.close()
+
+
+ANSWER = """# A title
+
+**Bold**, *slanted*, `x < 1`, [a link](https://example.org/) and [a trap](javascript:alert(1)).
+
+<img src=x onerror="window.harmed = 1"><script>window.harmed = 2</script>
+
+1. 春眠不觉晓
+2. two
+
+| a | b |
+|---|---|
+| 1 | 2 |
+
+```python
+def f(x):
+    return x < 1  # <b>
+```
+"""
+
+
+def test_the_page_talks_in_a_real_browser(browser, tmp_path):
+    """Send, stream, stop, regenerate, edit, reload; what the model says is never HTML. With SCREENSHOTS in
+    the environment, pictures of the page go to that folder."""
+    last = "document.querySelector('.assistant:last-child')"
+    browser.until("document.getElementById('model')?.textContent === 'tiny'")
+    browser.run("settings = {max_tokens: 12, seed: 3}; language = 'en'; show()")
+    browser.say("the cat sees")
+    browser.until(f"!running && {last}?.innerText.includes('tokens/s')")
+    first = browser.run("current.turns[1].content")
+    assert browser.run("current.turns.length") == 2 and browser.run(f"{last}.innerText").strip()
+    browser.until("document.getElementById('status').textContent === 'Answer finished'")
+    browser.run(f"[...{last}.querySelectorAll('button')].find(b => b.textContent === 'Regenerate').click()")
+    browser.until("!running && current.turns.length === 2 && current.turns[1].note")
+    assert browser.run("current.turns[1].content") == first                # the seed is the same
+    browser.run("settings = {max_tokens: 420}")
+    browser.say("another")
+    browser.until("running && current.turns[3]?.content.length > 10")
+    assert browser.run("document.getElementById('send').textContent") == "Stop"
+    browser.press("Escape", 27)
+    browser.until("!running && current.turns[3].note.includes('stopped')")
+    stopped = browser.run("current.turns[3].content")
+    browser.run("location.reload()")
+    time.sleep(0.3)
+    browser.until("document.readyState === 'complete' && document.querySelectorAll('article').length === 4")
+    assert browser.run("current.turns[3].content") == stopped
+    browser.run("[...document.querySelectorAll('.user button')].find(b => b.textContent === 'Edit').click()")
+    assert browser.run("document.getElementById('box').value") == "the cat sees"
+    assert browser.run("current.turns.length") == 0
+    browser.run("document.getElementById('box').value = ''")
+
+    answer = json.dumps(ANSWER)                                            # as if the model had said it
+    browser.run(f"""document.getElementById('new').click(); answer = async () => {{
+        current.turns.push({{role: 'assistant', content: {answer}, note: '42 tokens, 300.0 tokens/s'}});
+        chats.unshift(current); keep('chats', chats); show(); }}""")
+    browser.say("Show me **everything** <b>")
+    browser.until(f"!!{last}?.querySelector('pre')")
+    assert browser.run(f"{last}.querySelectorAll('img, script, b').length") == 0
+    assert browser.run("window.harmed === undefined")
+    assert '<img src=x onerror="window.harmed = 1">' in browser.run(f"{last}.innerText")
+    assert browser.run(f"[...{last}.querySelectorAll('a')].map(a => a.href).join()") == "https://example.org/"
+    tags = "h3 strong em code ol li table th pre".split()
+    assert all(browser.run(f"{last}.querySelectorAll('{tag}').length") for tag in tags)
+    assert browser.run(f"{last}.querySelector('pre').innerText") == "def f(x):\n    return x < 1  # <b>"
+    assert browser.run("document.querySelector('.user .text').innerText") == "Show me **everything** <b>"
+    pictures = Path(os.environ.get("SCREENSHOTS", tmp_path))
+    browser.screenshot(pictures / "light.png")
+    browser.screenshot(pictures / "dark.png", theme="dark")
+    browser.screenshot(pictures / "phone.png", 390, 760)
+    assert browser.run("document.documentElement.scrollWidth") <= 390
+    assert browser.run("getComputedStyle(document.getElementById('nav')).display") == "none"
+    browser.run("document.getElementById('menu').click(); document.getElementById('language').click()")
+    assert browser.run("document.documentElement.lang") == "zh"
+    browser.screenshot(pictures / "phone_menu.png", 390, 760, "dark")
+    assert browser.run("""[...document.querySelectorAll('button, input, textarea')].filter(e =>
+        !e.textContent.trim() && !e.getAttribute('aria-label') && !e.closest('label')).length""") == 0
+    assert not browser.logged, browser.logged                              # no error, no policy violation
