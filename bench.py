@@ -543,7 +543,6 @@ def http_rates(place, dtype, counts):
     return rates
 
 
-serve_.__name__ = "serve"
 
 
 def learn():
@@ -1425,7 +1424,7 @@ BENCHMARKS = (limits, train, memory, tokenize, startup, generate, serve_, learn,
 
 
 def main():
-    names = {f.__name__: f for f in BENCHMARKS}
+    names = {f.__name__.rstrip("_"): f for f in BENCHMARKS}
     if len(sys.argv) < 2 or sys.argv[1] not in names:
         print("\n".join(f"{name:10} {f.__doc__}" for name, f in names.items()))
         raise SystemExit(0 if len(sys.argv) < 2 else 1)
