@@ -3022,7 +3022,7 @@ def test_the_readmes_curl_lines_work(served):
         line = line.replace("curl", "curl --fail -sS", 1)
         found = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60)
         assert found.returncode == 0 and found.stdout, (line, found.stderr)
-        assert ("[DONE]" in found.stdout) == ("curl -N" in line)
+        assert ("[DONE]" in found.stdout) == (" -N " in line)
 
 
 TURN = '{"model": "tiny", "messages": [{"role": "user", "content": "hi"}], '
