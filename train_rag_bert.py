@@ -47,7 +47,7 @@ VALID_SHARE = 0.1     # of the people, by a hash of their names; in training nob
 PRESET = ""           # "seed"
 MODEL = "copy"        # "copy", "bert", "both"
 RATES = (150.0, 600.0, 2500.0)   # switches a Morgan of the copying chains
-ERROR = 1e-3          # probability that a copied allele differs
+ERROR = 0.01          # probability that a copied allele differs (best of 3e-4 to 0.08 for panel people left out)
 COPY_DIM = 64         # width of the network that weighs the copies
 DIM = 64              # width of the BERT
 N_LAYERS = 4
@@ -60,7 +60,7 @@ CHUNK = 64            # segments encoded at once
 RECOMPUTE = True      # gradient checkpointing of retrieved segments
 
 # Optimization
-STEPS = 400           # updates
+STEPS = 800           # updates
 BATCH = 24            # people per update, over all processes
 MICRO_BATCH = 24      # people per forward and process
 EXAMPLES = 1_000      # sites × haplotypes of each person that the copying head learns from in an update
