@@ -190,6 +190,8 @@ def read_shard(path, need_targets=True):
         shape = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
         raise common.BadInput(f"{path}: y_data is {shape}; TASK {TASK} needs {wanted}")
     if TASK == "regression":
+        if not y.is_floating_point():
+            raise common.BadInput(f"{path}: y_data is {y.dtype}; entry and exit are floats, in metres")
         off = (y.float().unflatten(1, (2, 3)).norm(dim=-1) - RADIUS).abs()
         if not (off < 0.1).all():
             event = int((~(off < 0.1)).any(1).nonzero()[0])
