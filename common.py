@@ -125,7 +125,8 @@ def cli(names: dict, main: Callable) -> None:
         code = f"{script}: {error}"
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
         first = _first_line(error)
-        if isinstance(error, dist.DistError) or dist.is_initialized() and re.search(LOST_PEER, first, re.I):
+        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        if isinstance(error, dist.DistError) or several and re.search(LOST_PEER, first, re.I):
             code = (f"{script}: another process has ended, or did not answer for {PEER_TIMEOUT} s ({first}); "
                     "rerun the same command everywhere to go on from the last checkpoint")
         elif isinstance(error, RuntimeError) and not re.search(
@@ -180,6 +181,7 @@ def within(low: float, high: float, **values: float) -> None:
 
 # 2. Processes: the same file under `python`, `torchrun` on one machine and `torchrun` on several.
 
+CONNECT_TIMEOUT = 120      # seconds to find each other at the start; gloo takes five times as long, rarely
 PREPARE_TIMEOUT = 86_400   # seconds that processes wait while one of them prepares data
 SECOND_SIGNAL = 2.0  # seconds; a stop signal that follows sooner is the same one, forwarded by a launcher
 
@@ -197,6 +199,7 @@ class Run:
     signal: int = 0                    # the signal that asked this process to stop, 0 = none
     asked: float = 0.0                 # when it did, by time.monotonic
     threads: int = 1                   # CPU threads that it may use by day
+    patient: object = None             # group of all processes in which they wait for as long as it takes
     lock: object = None                # open file that keeps a second run out of the same folder
     handlers: dict = dataclasses.field(default_factory=dict)
 
@@ -245,15 +248,10 @@ class Run:
         dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
         return box[0]
 
-    def wait(self, seconds: int = 0) -> None:
-        """Return when every process has come here; `seconds`: that this may take, where it is more than
-        PEER_TIMEOUT."""
-        if self.world > 1 and seconds:
-            patient = dist.new_group(timeout=datetime.timedelta(seconds=seconds), backend="gloo")
-            dist.barrier(patient)
-            dist.destroy_process_group(patient)
-        elif self.world > 1:
-            dist.barrier()
+    def wait(self, patiently: bool = False) -> None:
+        """Return when every process has come here, within PEER_TIMEOUT, or `patiently` PREPARE_TIMEOUT."""
+        if self.world > 1:
+            dist.barrier(self.patient if patiently else None)
 
     def peak_mib(self) -> list[int]:
         """The most memory that each process has held so far, in MiB: of its GPU, else its resident set."""
@@ -324,7 +322,7 @@ def _onednn_is_exact() -> bool:
 def start(seed: int, dtype: str = "auto") -> Run:
     """Join the other processes (as torchrun's environment says), choose device and precision, catch stop
     signals."""
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    world, rank, patient = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)), None
     local, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
@@ -344,8 +342,13 @@ def start(seed: int, dtype: str = "auto") -> Run:
             _onednn_setting().fp32_precision = "bf16"  # allowed, not done: see there
     if world > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=PEER_TIMEOUT))
-    run = Run(rank, local, world, device, torch.float32, seed, threads=torch.get_num_threads())
+        connect = datetime.timedelta(seconds=CONNECT_TIMEOUT)
+        dist.init_process_group(backend, timeout=connect)
+        patient = dist.new_group(backend="gloo", timeout=connect)
+        for group, seconds in ((None, PEER_TIMEOUT), (patient, PREPARE_TIMEOUT)):
+            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
+    run = Run(rank, local, world, device, torch.float32, seed, threads=torch.get_num_threads(),
+              patient=patient)
     set_dtype(run, run.share(pick_dtype(dtype, device)))
     torch.manual_seed(seed)
     try:
