@@ -181,7 +181,7 @@ def within(low: float, high: float, **values: float) -> None:
 
 # 2. Processes: the same file under `python`, `torchrun` on one machine and `torchrun` on several.
 
-CONNECT_TIMEOUT = 120      # seconds to find each other at the start; gloo takes five times as long, rarely
+CONNECT_TIMEOUT = 120      # seconds that processes have to find each other at the start
 PREPARE_TIMEOUT = 86_400   # seconds that processes wait while one of them prepares data
 SECOND_SIGNAL = 2.0  # seconds; a stop signal that follows sooner is the same one, forwarded by a launcher
 
@@ -343,7 +343,8 @@ def start(seed: int, dtype: str = "auto") -> Run:
     if world > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         connect = datetime.timedelta(seconds=CONNECT_TIMEOUT)
-        dist.init_process_group(backend, timeout=connect)
+        dist.init_process_group(backend, store=_meet(rank, world), rank=rank, world_size=world,
+                                timeout=connect)
         patient = dist.new_group(backend="gloo", timeout=connect)
         for group, seconds in ((None, PEER_TIMEOUT), (patient, PREPARE_TIMEOUT)):
             dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
@@ -357,6 +358,31 @@ def start(seed: int, dtype: str = "auto") -> Run:
     except ValueError:  # not the main thread: whoever owns it handles the signals
         pass
     return run
+
+
+def _meet(rank: int, world: int) -> dist.Store:
+    """A store, empty and the same for all processes of this start.
+
+    torchrun gives a restarted job the store of the start before, with the addresses of processes that are
+    gone, and gloo would wait for them (torch 2.13; a restart's number is not the same on all machines). So
+    process 0 names a fresh part of it, in answer to a number that each of the others has just drawn.
+    """
+    store = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=CONNECT_TIMEOUT)))[0]
+    part, missing, end = os.urandom(8).hex(), set(range(1, world)), time.monotonic() + CONNECT_TIMEOUT
+    if rank:
+        store.set(f"asked {rank}", part)
+        part = store.get(f"answer {part}").decode()
+        store.set(f"heard {rank} {part}", "")
+    while missing and rank == 0:
+        for peer in list(missing):
+            if store.check([f"heard {peer} {part}"]):
+                missing.remove(peer)
+            elif store.check([f"asked {peer}"]):  # perhaps before its restart: asked again until it has heard
+                store.set(f"answer {store.get(f'asked {peer}').decode()}", part)
+        if time.monotonic() > end:
+            raise BadInput(f"processes {sorted(missing)} did not come in {CONNECT_TIMEOUT} s; start them too")
+        time.sleep(0.01)
+    return dist.PrefixStore(part, store)
 
 
 def set_dtype(run: Run, dtype: torch.dtype) -> None:
