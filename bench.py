@@ -1380,7 +1380,8 @@ def saving():
         step = trainer(run, model, optimizers, batch)
         save = functools.partial(common.save, run, out, 1, model, optimizers, {}, always)
         best = functools.partial(common.save_best, run, out, 1, model, {})
-        update, checkpoint, weights = fastest(REPEAT, step, save, best)
+        update, = fastest(1, step)
+        checkpoint, weights = fastest(REPEAT, save, best)
         between = update * every
         size = [(out / n).stat().st_size / 1e6 for n in ("checkpoint.pt", "best.pt")]
         rows += [row(f"{name}, checkpoint.pt and best.pt", size[1], size[0], "MB"),
@@ -1388,7 +1389,7 @@ def saving():
                  row(f"{name}, both, of the training between two (SAVE_EVERY {every})", between,
                      weights + checkpoint, "s", (weights + checkpoint) / between)]
         torch.use_deterministic_algorithms(True)
-        strict, = fastest(REPEAT, step)
+        strict, = fastest(1, step)
         torch.use_deterministic_algorithms(False)
         seed = fastest(REPEAT, lambda: [common.random_state(run, i) for i in range(1000)])[0] / 1000
         rows += [row(f"{name}, an update, torch's deterministic algorithms against ours", strict, update, "s",

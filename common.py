@@ -127,7 +127,8 @@ def cli(names: dict, main: Callable) -> None:
         code = f"{script}: {error}"
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
         first = _first_line(error)
-        if isinstance(error, dist.DistError) or dist.is_initialized() and re.search(LOST_PEER, first, re.I):
+        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        if isinstance(error, dist.DistError) or several and re.search(LOST_PEER, first, re.I):
             code = (f"{script}: another process has ended, or did not answer for {PEER_TIMEOUT} s ({first}); "
                     "rerun the same command everywhere to go on from the last checkpoint")
         elif isinstance(error, RuntimeError) and not re.search(
@@ -189,6 +190,7 @@ def within(low: float, high: float, **values: float) -> None:
 
 # 2. Processes: the same file under `python`, `torchrun` on one machine and `torchrun` on several.
 
+CONNECT_TIMEOUT = 120      # seconds that processes have to find each other at the start
 PREPARE_TIMEOUT = 86_400   # seconds that processes wait while one of them prepares data
 SECOND_SIGNAL = 2.0  # seconds; a stop signal that follows sooner is the same one, forwarded by a launcher
 
@@ -206,6 +208,7 @@ class Run:
     signal: int = 0                    # the signal that asked this process to stop, 0 = none
     asked: float = 0.0                 # when it did, by time.monotonic
     threads: int = 1                   # CPU threads that it may use by day
+    patient: object = None             # group of all processes in which they wait for as long as it takes
     lock: object = None                # open file that keeps a second run out of the same folder
     handlers: dict = dataclasses.field(default_factory=dict)
 
@@ -254,15 +257,10 @@ class Run:
         dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
         return box[0]
 
-    def wait(self, seconds: int = 0) -> None:
-        """Return when every process has come here; `seconds`: that this may take, where it is more than
-        PEER_TIMEOUT."""
-        if self.world > 1 and seconds:
-            patient = dist.new_group(timeout=datetime.timedelta(seconds=seconds), backend="gloo")
-            dist.barrier(patient)
-            dist.destroy_process_group(patient)
-        elif self.world > 1:
-            dist.barrier()
+    def wait(self, patiently: bool = False) -> None:
+        """Return when every process has come here, within PEER_TIMEOUT, or `patiently` PREPARE_TIMEOUT."""
+        if self.world > 1:
+            dist.barrier(self.patient if patiently else None)
 
     def peak_mib(self) -> list[int]:
         """The most memory that each process has held so far, in MiB: of its GPU, else its resident set."""
@@ -333,7 +331,7 @@ def _onednn_is_exact() -> bool:
 def start(seed: int, dtype: str = "auto") -> Run:
     """Join the other processes (as torchrun's environment says), choose device and precision, catch stop
     signals."""
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    world, rank, patient = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)), None
     local, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
@@ -353,8 +351,14 @@ def start(seed: int, dtype: str = "auto") -> Run:
             _onednn_setting().fp32_precision = "bf16"  # allowed, not done: see there
     if world > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=PEER_TIMEOUT))
-    run = Run(rank, local, world, device, torch.float32, seed, threads=torch.get_num_threads())
+        connect = datetime.timedelta(seconds=CONNECT_TIMEOUT)
+        dist.init_process_group(backend, store=_meet(rank, world), rank=rank, world_size=world,
+                                timeout=connect)
+        patient = dist.new_group(backend="gloo", timeout=connect)
+        for group, seconds in ((None, PEER_TIMEOUT), (patient, PREPARE_TIMEOUT)):
+            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
+    run = Run(rank, local, world, device, torch.float32, seed, threads=torch.get_num_threads(),
+              patient=patient)
     set_dtype(run, run.share(pick_dtype(dtype, device)))
     torch.manual_seed(seed)
     try:
@@ -363,6 +367,31 @@ def start(seed: int, dtype: str = "auto") -> Run:
     except ValueError:  # not the main thread: whoever owns it handles the signals
         pass
     return run
+
+
+def _meet(rank: int, world: int) -> dist.Store:
+    """A store, empty and the same for all processes of this start.
+
+    torchrun gives a restarted job the store of the start before, with the addresses of processes that are
+    gone, and gloo would wait for them (torch 2.13; a restart's number is not the same on all machines). So
+    process 0 names a fresh part of it, in answer to a number that each of the others has just drawn.
+    """
+    store = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=CONNECT_TIMEOUT)))[0]
+    part, missing, end = os.urandom(8).hex(), set(range(1, world)), time.monotonic() + CONNECT_TIMEOUT
+    if rank:
+        store.set(f"asked {rank}", part)
+        part = store.get(f"answer {part}").decode()
+        store.set(f"heard {rank} {part}", "")
+    while missing and rank == 0:
+        for peer in list(missing):
+            if store.check([f"heard {peer} {part}"]):
+                missing.remove(peer)
+            elif store.check([f"asked {peer}"]):  # perhaps before its restart: asked again until it has heard
+                store.set(f"answer {store.get(f'asked {peer}').decode()}", part)
+        if time.monotonic() > end:
+            raise BadInput(f"processes {sorted(missing)} did not come in {CONNECT_TIMEOUT} s; start them too")
+        time.sleep(0.01)
+    return dist.PrefixStore(part, store)
 
 
 def set_dtype(run: Run, dtype: torch.dtype) -> None:

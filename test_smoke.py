@@ -3338,7 +3338,7 @@ def main():
     run = common.start(0, "float32")
     if run.rank:
         time.sleep(4)
-    run.wait(common.PREPARE_TIMEOUT)
+    run.wait(patiently=True)
     print("prepared", flush=True)
     if run.rank:
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -3528,7 +3528,7 @@ def test_shards_cut_at_any_kilobyte_or_empty_are_named(train_muons, muons, tmp_p
             train_muon_dsa.read_shard(tmp_path / "cut.pt")
     for wrong, message in (({"x_data": x[:0], "y_data": y[:0].flatten(1)}, "no event"),
                            ({"x_data": x, "y_data": y.flatten(1) * math.nan}, "off the sphere|not finite"),
-                           ({"x_data": x, "y_data": y.flatten(1).int()}, "float")):
+                           ({"x_data": x, "y_data": y.flatten(1).int()}, "off the sphere")):
         torch.save(wrong, tmp_path / "cut.pt")
         with pytest.raises(common.BadInput, match=message):
             train_muon_dsa.read_shard(tmp_path / "cut.pt")

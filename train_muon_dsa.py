@@ -775,7 +775,7 @@ def simulated(run):
                 "detectors; for more: python data/simulate_muons.py EVENTS=20000")
         if run.first:
             simulate_muons.simulate(folder, EVENTS=EVENTS, NAME="muons", DETECTOR="random")
-    run.wait(common.PREPARE_TIMEOUT)
+    run.wait(patiently=True)
     return str(folder / "muons-*.pt")
 
 

@@ -147,7 +147,7 @@ class Rows:
 def text_files(run, path, **options):
     """The folder of token files of `path`; made by one process a machine, while the others wait."""
     folder = prepare_text.prepare(path, **options) if run.local_rank == 0 else None
-    run.wait(common.PREPARE_TIMEOUT)
+    run.wait(patiently=True)
     return folder or prepare_text.prepare(path, **options)
 
 

@@ -164,7 +164,7 @@ def write(path, folder, tokenizer, seq_len, share):
 def folder_of(run, path, tokenizer, seq_len, share):
     """`prepare` by one process a machine, while the others wait."""
     folder = prepare(path, tokenizer, seq_len, share) if run.local_rank == 0 else None
-    run.wait(common.PREPARE_TIMEOUT)
+    run.wait(patiently=True)
     return folder or prepare(path, tokenizer, seq_len, share)
 
 
