@@ -896,7 +896,7 @@ def hf_tokenizer(tokens):
     return transformers.AutoTokenizer.from_pretrained(tokens)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(
     turns=st.lists(
         st.tuples(
@@ -3155,6 +3155,13 @@ def test_a_student_learns_more_with_its_teacher(distil, doubtful, tmp_path):
     assert json.loads((tmp_path / "run/eval.json").read_text()) == scored
     again = distil(INIT=str(tmp_path / "alone"), STEPS=2, OUT=str(tmp_path / "more"), TEACHER_DTYPE="float32")
     assert again["nats_per_answer_token"] < alone["nats_per_answer_token"] + 0.5
+
+
+def test_a_mixture_of_experts_teaches_a_dense_student(distil, train, tmp_path):
+    train(N_EXPERTS=4, STEPS=3, OUT=str(tmp_path / "experts"))
+    found = distil(TEACHER=str(tmp_path / "experts"), STEPS=3)
+    student = common.load(tmp_path / "run/best.pt")["sizes"]
+    assert math.isfinite(found["nats_per_answer_token"]) and student["n_experts"] == 0 and student["dim"] == 24
 
 
 def test_interrupted_and_two_rank_distillation_equal_the_uninterrupted(distil, tmp_path):

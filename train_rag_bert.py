@@ -90,7 +90,7 @@ RESUME = True         # go on with an unfinished run of the same command in OUT
 LOG_EVERY = 10        # updates
 EVAL_EVERY = 100      # updates; 0 = at the end only, -1 = each epoch
 VALID_TYPED = 0.08    # share of sites typed in the validation's array
-VALID_WINDOWS = 0     # windows of the BERT's validation, spread evenly; 0 = all
+VALID_WINDOWS = 0     # windows of a validation, spread evenly; 0 = all
 SAVE_EVERY = 100      # updates; 0 = at the end only
 WANDB = "disabled"    # "offline", "online"
 IMPUTE = ""           # typed people to impute with the best checkpoint in OUT, instead of training
@@ -1046,8 +1046,8 @@ def main():
     truth = judged.alleles.view(len(panel), -1, 2)
     truth = torch.where((truth >= 0).all(2), truth.sum(2), -1)
     array = array_mask(np.random.default_rng(7), panel.maf, VALID_TYPED)
-    windows = (panel.windows[np.unique(np.linspace(0, len(panel.windows) - 1, VALID_WINDOWS).astype(int))]
-               if VALID_WINDOWS and MODEL != "copy" else None)
+    spread = np.unique(np.linspace(0, len(panel.windows) - 1, VALID_WINDOWS or 1).astype(int))
+    windows = panel.windows[spread] if VALID_WINDOWS else None
 
     model = make_model()
     constants = common.literals(globals())
