@@ -157,7 +157,7 @@ def panel_files(run):
         )
         if run.first:
             simulate_genotypes.make(folder)
-        run.wait()
+        run.wait(patiently=True)
     return folder / "panel.vcf.gz", SAMPLES or folder / "samples.panel", MAP or folder / "map.gz"
 
 
@@ -1212,8 +1212,6 @@ def main():
     more = {f"foreign_{k}": v for k, v in flat(strangers).items() if k.startswith("r2")} if strangers else {}
     record.log(step, **flat(metrics), **more, final=True)
     common.export_weights(run, OUT, best)
-    state["finished"] = True
-    common.save(run, OUT, step, model, optimizers, state, constants)
     record.close()
     run.say(f"{len(valid)} people not trained on, {int(array.sum())} typed sites:\n{table(metrics)}")
     if strangers:
@@ -1226,6 +1224,8 @@ def main():
             ["valid_r2_<0.5%", "valid_r2_0.5-1%", "valid_r2_1-5%", "valid_r2_5-50%"],
             ["valid_f1_all"],
         )
+    state["finished"] = True  # the last thing: until now, a rerun goes on
+    common.save(run, OUT, step, model, optimizers, state, constants)
     run.say(
         f"done: {OUT}/best.pt, accuracy.png, curves.png; now: train_rag_bert.py IMPUTE=typed.vcf.gz"
     )
