@@ -118,7 +118,7 @@ def cli(names: dict, main: Callable) -> None:
     """Run a script: overrides, then `main`; BadInput becomes one line on stderr and exit status 1."""
     script = Path(names["__file__"]).name
     try:
-        override(names, sys.argv[1:])
+        names["_given"] = frozenset(override(names, sys.argv[1:]))
         main()
         code = 0
     except SystemExit as end:

@@ -6,6 +6,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import datetime
 import errno
 import gzip
@@ -2450,7 +2451,7 @@ def test_frequencies_and_windows_are_what_they_say(people):
     north = panel.gt[:, [s.startswith("north") for s in panel.samples]]
     np.testing.assert_allclose(freq[3, 0], north.mean((1, 2)), atol=1e-6)
     np.testing.assert_allclose(freq[1, 3], (panel.gt.sum(2) == 1).mean(1), atol=1e-6)
-    cm = prepare_genotypes.genetic(people / "map.gz", panel.pos)
+    cm = prepare_genotypes.genetic(people / "map.gz", panel.pos, "1")
     assert (np.diff(cm) >= 0).all()
     for sites, length in ((10, 0.0), (1, 0.0), (50, 0.01), (10_000, 0.0)):
         found = prepare_genotypes.windows(cm, sites, length, 0.2)
@@ -2486,10 +2487,134 @@ def test_swapped_and_flipped_alleles_are_turned_and_ambiguous_ones_dropped(peopl
     assert (turned.gt[place[typed.keys()[plain[1]]]] == typed.gt[plain[1]]).all()
 
 
+def test_what_is_read_of_a_call_is_what_it_says(people, tmp_path):
+    typed, panel = (prepare_genotypes.read(people / f"{n}.vcf.gz") for n in ("typed", "panel"))
+
+    def change(lines):
+        lines = edit(edit(lines, 1, GT="."), 2, REF=typed.ref[2].lower(), ALT=typed.alt[2].lower())
+        lines = edit(lines, 3, GT="0|0").copy()
+        at = [i for i, line in enumerate(lines) if not line.startswith("#")][3]
+        lines[at] = lines[at][:-3] + "."
+        return lines
+    found = prepare_genotypes.read(typed_vcf(people, tmp_path / "odd.vcf.gz", change))
+    assert (found.gt[1] == -1).all() and (found.gt[3, -1] == -1).all() and (found.gt[3, :-1] == 0).all()
+    assert len(prepare_genotypes.match(found, panel)[0]) == len(typed.pos)
+    first = typed.take(np.arange(1))
+    longer = [
+        dataclasses.replace(first, ref=np.array([ref], object), alt=np.array([alt], object))
+        for ref, alt in (("A", "AT"), ("AT", "A"))             # an insertion is not the deletion turned round
+    ]
+    with pytest.raises(common.BadInput) as error:
+        prepare_genotypes.match(*longer)
+    assert "1 other alleles in the panel, dropped" in str(error.value)
+    away = dataclasses.replace(typed, pos=typed.pos + 10**8)      # the panel is of a part of the chromosome
+    parts = {k: np.concatenate([getattr(typed, k), *[getattr(away, k)] * 20])
+             for k in ("chrom", "id", "ref", "alt", "gt", "phased")}
+    pos = np.concatenate([typed.pos, *(away.pos + i * 10**6 for i in range(20))])
+    rows, _, what = prepare_genotypes.match(dataclasses.replace(typed, pos=pos, **parts), panel)
+    assert len(rows) == len(typed.pos) and what["not in the panel, dropped"] == 20 * len(typed.pos)
+
+
+def test_what_is_phased_keeps_its_sides_among_unphased_calls(train_people, people, tmp_path):
+    import cyvcf2
+    train_people(STEPS=1, OUT=str(tmp_path / "run"))
+    turn = np.random.default_rng(0)
+    swap = {"0|1": "1|0", "1|0": "0|1"}
+
+    def mixed(lines):
+        out = []
+        for line in lines:
+            cells = line.split("\t")
+            if not line.startswith("#"):
+                wrong = turn.random() < 0.5                # phased, but not as the panel would have it
+                cells[9:] = ["/".join(sorted(c.split("|"))) if n < 4 and turn.random() < 0.3 else
+                             "1/." if n == 11 and turn.random() < 0.3 else
+                             swap.get(c, c) if wrong else c for n, c in enumerate(cells[9:])]
+            out.append("\t".join(cells))
+        return out
+    path = typed_vcf(people, tmp_path / "mixed.vcf.gz", mixed)
+    train_people(IMPUTE=str(path), OUT=str(tmp_path / "run"))
+    rows, given, _ = prepare_genotypes.match(prepare_genotypes.read(path),
+                                             prepare_genotypes.read(people / "panel.vcf.gz"))
+    records = list(cyvcf2.VCF(str(tmp_path / "run/imputed.vcf.gz")))
+    half = 0
+    for i, row in enumerate(rows):
+        sides = records[row].format("HDS")
+        phased, whole = given.phased[i], (given.gt[i] >= 0).all(1)
+        assert np.array_equal(sides[phased & whole], given.gt[i][phased & whole])
+        assert (records[row].genotype.array()[whole, :2] == given.gt[i][whole]).all()
+        half += (sides[~whole] % 1 > 0).any(1).sum()
+    assert half                               # which side the allele of 1/. is on is not known: both imputed
+
+
+def test_all_sites_typed_and_a_panel_of_oneself(train_people, people, tmp_path, capsys):
+    train_people(STEPS=1, OUT=str(tmp_path / "run"))
+    truth = str(people / "truth.vcf.gz")
+    found = train_people(IMPUTE=truth, CHECK=truth, OUT=str(tmp_path / "run"))
+    assert found["calibration"] == 0 and found["typed"] > 100
+    panel = prepare_genotypes.read(people / "panel.vcf.gz")
+    panel = dataclasses.replace(panel, gt=panel.gt[:, :1], samples=panel.samples[:1])
+    prepare_genotypes.write_vcf(panel, tmp_path / "alone.vcf.gz")
+    with pytest.raises(common.BadInput) as error:
+        train_people(IMPUTE=str(tmp_path / "alone.vcf.gz"), PANEL=str(tmp_path / "alone.vcf.gz"),
+                     OUT=str(tmp_path / "run"))
+    assert "nobody but the person himself" in str(error.value)
+    text = gzip.open(people / "panel.vcf.gz", "rt").read().splitlines()
+    import pysam
+    with pysam.BGZFile(str(tmp_path / "several.vcf.gz"), "w") as file:
+        file.write(("\n".join(edit(text, 7, ALT="C,<X>")) + "\n").encode())
+    capsys.readouterr()
+    train_people(IMPUTE=truth, PANEL=str(tmp_path / "several.vcf.gz"), OUT=str(tmp_path / "run"))
+    assert "left out 1 several ALT alleles" in capsys.readouterr().out
+
+
+def test_frequencies_that_a_person_is_told_are_of_others(train_people, people):
+    panel = train_people_panel(train_people)
+    donors = np.arange(4, 120)
+    examples = train_rag_bert.Examples(panel, panel.alleles, donors, torch.arange(120).view(-1, 2),
+                                       panel.population)
+    names, number = panel.names, panel.population.numpy()
+    who, rows = torch.tensor([0, 5, 30]), slice(10, 50)
+    found = examples.frequencies(who, rows)
+    for i, person in enumerate(who.tolist()):
+        others = np.array([p for p in range(2, 60) if p != person])
+        part = dataclasses.replace(panel.file, gt=panel.file.gt[:, others])
+        want = prepare_genotypes.frequencies(part, names, number[others])[:, :, rows]
+        close(found[:, 0, i], torch.from_numpy(want[:, -1]), 1e-6)
+        close(found[:, 1, i], torch.from_numpy(want[:, number[person]]), 1e-6)
+    alone = train_rag_bert.Examples(panel, panel.alleles, donors[:2], torch.arange(120).view(-1, 2),
+                                    panel.population).frequencies(torch.tensor([2, 40]), rows)
+    assert alone.isfinite().all() and (alone[:, :, 0] == 0).all()
+
+
+def test_a_documented_preset_yields_to_the_command_line(train_people, people, tmp_path):
+    words = dict(PANEL=people / "panel.vcf.gz", STEPS=1, VALID_SHARE=0.15, WINDOW_SITES=32, VALID_WINDOWS=1,
+                 MICRO_BATCH=4, BATCH=4, PRESET="seed", LR=3e-3, N_LAYERS=4, DIM=16, OUT=tmp_path / "run")
+    finish(launch("train_rag_bert.py", *(f"{k}={v}" for k, v in words.items())))
+    found = common.load(tmp_path / "run/checkpoint.pt")
+    assert [found["sizes"][k] for k in ("model", "dim", "n_layers", "k")] == ["bert", 16, 4, 3]
+    constants, group = found["constants"], found["optimizers"][0]["param_groups"][0]
+    assert constants["LR"] == 3e-3 and constants["GAMMA"] == 5 and constants["WARMUP"] == 20_000
+    assert group["peak"] == 3e-3 and group["weight_decay"] == 0.01 and tuple(group["betas"]) == (0.9, 0.999)
+    found = train_people(IMPUTE=str(people / "typed.vcf.gz"), OUT=str(tmp_path / "run"), WINDOW_SITES=1020)
+    assert found["people"] == 12                       # windows no longer than the model was made for
+
+
+def test_focal_gradients_of_sure_sites_are_finite():
+    for gamma in (0.5, 2.0, 5.0):
+        logits = torch.tensor([-30.0, 0.0, 30.0], requires_grad=True)
+        train_rag_bert.focal(logits, torch.tensor([0.0, 1.0, 1.0]), gamma).sum().backward()
+        classes = torch.stack([logits, -logits], 1)
+        train_rag_bert.focal_classes(classes, torch.tensor([1, 0, 0]), gamma).sum().backward()
+        assert logits.grad.isfinite().all()
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         (lambda t: edit(t, 5, GT="0"), "is not diploid; haploid calls"),
+        (lambda t: edit(t, 5, GT="0|2"), "has an allele above 1, but there is one ALT"),
+        (lambda t: [line.replace("west021", "west022") for line in t], "a sample twice"),
         (lambda t: edit(t, 5, POS="1"), "is not sorted: position 1 follows"),
         (
             lambda t: [line.replace("1\t", "22\t", 1) if not line.startswith("#") else line for line in t],
@@ -2522,6 +2647,10 @@ def test_cut_files_and_other_panels_are_one_sentence(train_people, people, tmp_p
     np.save(tmp_path / "Freq.npy", np.zeros((4, 2, 9)))
     (tmp_path / "w.csv").write_text("first,end\n0,10\n")
     (tmp_path / "pickle.npy").write_bytes(b"\x80\x04.")
+    (tmp_path / "long.csv").write_text(f"0,{len(prepare_genotypes.read(people / 'panel.vcf.gz').pos)}\n")
+    (tmp_path / "plink.map").write_text("1 . 0.1 1000\n1 . 0.2 400000\n")
+    (tmp_path / "nan.map").write_text("1000 1 nan\n400000 1 0.2\n\n")
+    (tmp_path / "plain.gz").write_text("1000 1 0.1\n400000 1 0.2\n")
     missing = prepare_genotypes.read(people / "panel.vcf.gz")
     missing.gt[4, 3] = -1
     prepare_genotypes.write_vcf(missing, tmp_path / "missing.vcf.gz")
@@ -2534,6 +2663,13 @@ def test_cut_files_and_other_panels_are_one_sentence(train_people, people, tmp_p
         (dict(FREQ=str(tmp_path / "Freq.npy")), "is (4, 2, 9), not ref, het, hom, af"),
         (dict(FREQ=str(tmp_path / "pickle.npy")), "cannot be read"),
         (dict(WINDOWS=str(tmp_path / "w.csv")), "no window holds site 10 of"),
+        (dict(WINDOWS=str(tmp_path / "long.csv"), MODEL="bert"), "the model reads WINDOW_SITES 64 at most"),
+        (dict(MAP=str(tmp_path / "plink.map")), "no line of chromosome 1, its second column names ."),
+        (dict(MAP=str(tmp_path / "nan.map")), "positions and cM must rise"),
+        (dict(MAP=str(tmp_path / "plain.gz")), "is no genetic map"),
+        (dict(CHAIN_SITES=9), "CHAIN_SITES 9 must be at least 10"),
+        (dict(BATCH=0), "BATCH 0 must be at least 1"),
+        (dict(IMPUTE="x", OUT=str(tmp_path / "none")), "train first: train_rag_bert.py OUT="),
         (dict(MODEL="x"), "MODEL 'x' is not one of"),
         (dict(K=500, MODEL="bert", STEPS=1), "K 500 is more than the"),
         (dict(CHECK="x"), "CHECK=x scores what IMPUTE= makes"),

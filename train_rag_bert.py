@@ -118,13 +118,12 @@ class Panel:
         path, samples, mapped = panel_files(run)
         self.file = found = prepare_genotypes.read_panel(path)
         self.alleles = torch.from_numpy(np.ascontiguousarray(found.haplotypes()))    # (V, S) int8
-        self.cm = prepare_genotypes.genetic(mapped, found.pos)
+        if found.dropped:
+            run.say(f"{path}: left out {prepare_genotypes.report(found.dropped)}")
+        self.cm = prepare_genotypes.genetic(mapped, found.pos, found.chrom[0])
         self.names, number = prepare_genotypes.populations(samples, found.samples)
         self.population = torch.from_numpy(number)
-        if FREQ:
-            self.freq = read_freq(FREQ, len(self.names), len(found.pos))
-        else:
-            self.freq = prepare_genotypes.frequencies(found, self.names, number)
+        self.freq = read_freq(FREQ, len(self.names), len(found.pos)) if FREQ else None
         self.af = self.alleles.sum(1, dtype=torch.int64).numpy() / self.alleles.shape[1]
         self.maf = np.minimum(self.af, 1 - self.af)
         self.flip = torch.from_numpy(self.af > 0.5)
@@ -589,13 +588,13 @@ class Imputer(nn.Module):
 def focal(logits, target, gamma):
     """-(1 - p)^gamma log p of the target, elementwise; gamma 0 is the cross-entropy (arXiv 1708.02002)."""
     loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    return loss * (1 - torch.exp(-loss)) ** gamma if gamma else loss
+    return loss * (-torch.expm1(-loss)).clamp(min=1e-12) ** gamma if gamma else loss
 
 
 def focal_classes(logits, target, gamma):
     """The same over classes: logits (..., C), target (...,)."""
     loss = F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none").view(target.shape)
-    return loss * (1 - torch.exp(-loss)) ** gamma if gamma else loss
+    return loss * (-torch.expm1(-loss)).clamp(min=1e-12) ** gamma if gamma else loss
 
 
 # Examples.
@@ -609,7 +608,7 @@ class Examples:
 
     def __init__(self, panel, alleles, donors, own, population, retriever=None):
         self.panel, self.alleles, self.donors, self.own = panel, alleles, torch.as_tensor(donors), own
-        self.population, self.retriever = population, retriever
+        self.population, self.retriever, self.counts = population, retriever, None
 
     def keep(self, people, foreign=None):
         """(2·people, donors) float: whom each haplotype may copy, None if anybody: not himself; for those of
@@ -618,6 +617,9 @@ class Examples:
         if (own < 0).all() and (foreign is None or not foreign.any()):
             return None
         keep = (self.donors[None, :, None] != own[:, None]).all(2)
+        if not keep.any(1).all():
+            raise common.BadInput("the panel holds nobody but the person himself to copy from; give a larger "
+                                  "one")
         if foreign is not None:
             theirs = self.panel.population[self.donors // 2] != self.population[people][:, None]
             foreign = foreign & (theirs.sum(1) > 1)
@@ -643,6 +645,31 @@ class Examples:
             self.keep(people, foreign),
         )
 
+    def frequencies(self, people, rows):
+        """(4, 2, B, T): ref, het, hom and ALT frequency of everybody and of each one's population, among the
+        donors without himself; a population without others takes those of everybody. As FREQ has them, if
+        that is given."""
+        panel, everybody = self.panel, len(self.panel.names)
+        own, of = self.own[people], self.population[people]
+        if panel.freq is not None:
+            freq = torch.from_numpy(panel.freq[:, :, rows])
+            return torch.stack([freq[:, -1:].expand(-1, len(people), -1), freq[:, of]], 1)
+        if self.counts is None:                                              # (3, populations + 1, V)
+            donors = torch.unique(self.donors // 2)
+            group = panel.population[donors] == torch.arange(everybody + 1)[:, None]
+            group[-1] = True
+            dose = panel.alleles.view(len(panel), -1, 2)[:, donors].sum(2)
+            self.counts = torch.stack([group.float() @ (dose == g).float().T for g in range(3)])
+            self.sizes = group.sum(1).float()
+        which = torch.stack([torch.full_like(of, everybody), of])            # (2, B)
+        himself = torch.isin(own, self.donors).all(1).float()
+        dose = panel.alleles[rows][:, own.clamp(min=0)].sum(2).T             # (B, T)
+        mine = torch.stack([(dose == g).float() * himself[:, None] for g in range(3)])
+        size = (self.sizes[which] - himself)[..., None]
+        share = (self.counts[:, :, rows][:, which] - mine[:, None]) / size.clamp(min=1)
+        share = torch.where(size > 0, share, share[:, :1])
+        return torch.cat([share, share[1:2] / 2 + share[2:]])
+
     def window(self, people, typed, window, k):
         """The BERT's input for people in a window; typed (V,) bool."""
         first, end = window
@@ -650,14 +677,13 @@ class Examples:
         columns = self.haplotypes(people)
         alleles = self.alleles[rows][:, columns].T.long()
         tokens = torch.where((alleles >= 0) & torch.from_numpy(typed[rows]), alleles, MASKED)
-        freq = torch.from_numpy(panel.freq[:, :, rows])
-        mine = freq[3][self.population[people]]                              # (B, T)
-        everybody = freq[3, -1].expand(len(people), -1)
+        freq = self.frequencies(people, rows)
+        everybody, mine = freq[3]                                            # (B, T)
         cm = torch.from_numpy(panel.cm[rows]).float()
         place = ((cm - cm[0]) / max(float(cm[-1] - cm[0]), 1e-9)).expand(len(people), -1)
         known = torch.from_numpy(typed[rows]).float().expand(len(people), -1)
         numbers = torch.stack(
-            [place, known, everybody, mine, *(freq[i, -1].expand(len(people), -1) for i in range(3))], 2
+            [place, known, everybody, mine, *freq[:3, 0]], 2
         )
         made = dict(tokens=tokens.view(len(people), 2, -1), numbers=numbers,
                     frequency=torch.stack([everybody, mine], 2))
@@ -781,11 +807,12 @@ def chains(panel, typed, rows):
 def phase(gt, loose, reference, distance, rate, error, sweeps):
     """Haplotypes (M, N, 2) of genotypes whose heterozygotes `loose` (M, N) are in unknown order: against the
     panel, a first pass orders each by what came before, then sweeps swap what follows a site where that is
-    likelier."""
+    likelier. Other calls keep their sides."""
     M, N, _ = gt.shape
     S = reference.shape[1]
     gt = gt.clone()
     loose = loose & (gt[..., 0] != gt[..., 1]) & (gt >= 0).all(2)
+    fixed = ~loose & (gt[..., 0] != gt[..., 1])
     stay = torch.exp(-rate * distance).float()
 
     def weight(m, alleles):
@@ -810,6 +837,7 @@ def phase(gt, loose, reference, distance, rate, error, sweeps):
             straight = torch.log((before * back).sum(2)).sum(1)
             crossed = torch.log((before * back.flip(1)).sum(2)).sum(1)
             swapped ^= crossed > straight + 1e-4             # all up to m changes sides
+            swapped &= ~fixed[m]                             # up to what is phased already
             gt[m] = torch.where(swapped[:, None], gt[m].flip(1), gt[m])
             back = back * weight(m, gt[m])
             back = back / back.mean(2, keepdim=True)
@@ -820,9 +848,10 @@ def phase(gt, loose, reference, distance, rate, error, sweeps):
 # Training.
 
 def preset():
-    """The constants of PRESET, for those that were left as they are."""
+    """The constants of PRESET, but for those that the command line gives."""
     if PRESET == "seed":
-        return dict(
+        old = dict(
+            MODEL="bert",
             DIM=128,
             N_LAYERS=8,
             N_HEADS=4,
@@ -838,6 +867,7 @@ def preset():
             CLIP=0.0,
             EVAL_EVERY=-1,
         )
+        return {k: v for k, v in old.items() if k not in globals().get("_given", ())}
     return {}
 
 
@@ -855,13 +885,15 @@ def build(found, run=None):
     return model
 
 
-def people_of(panel):
+def people_of(run, panel):
     """(alleles (V, 2N), own columns (N, 2), population (N,), validation (N,)) of the people to learn from."""
     if not DATA:
         own = torch.arange(panel.alleles.shape[1]).view(-1, 2)
         return panel.alleles, own, panel.population, panel.valid
     data = prepare_genotypes.read(DATA)
-    rows, data, _ = prepare_genotypes.match(data, panel.file)
+    rows, data, what = prepare_genotypes.match(data, panel.file)
+    if what:
+        run.say(f"DATA {DATA}: {prepare_genotypes.report(what)}")
     if (~data.phased & (data.gt[..., 0] != data.gt[..., 1])).any():
         raise common.BadInput(f"DATA {DATA} is not phased; phase it first (Beagle, SHAPEIT)")
     alleles = torch.full((len(panel), 2 * len(data.samples)), -1, dtype=torch.int8)
@@ -872,7 +904,8 @@ def people_of(panel):
         prepare_genotypes.populations(panel_samples(), data.samples) if SAMPLES else (["all"], None)
     )
     population = torch.tensor([panel.names.index(names[i]) if names[i] in panel.names else len(panel.names)
-                               for i in number] if number is not None else [0] * len(data.samples))
+                               for i in number] if number is not None else
+                              [len(panel.names)] * len(data.samples))
     return alleles, own, population, np.array([hash_share(s) < VALID_SHARE for s in data.samples])
 
 
@@ -960,8 +993,9 @@ def plot_accuracy(found, out):
 
 
 def check_constants(run):
-    for name, value in (preset() or {}).items():
+    for name, value in preset().items():
         globals()[name] = value
+    common.within(1, math.inf, BATCH=BATCH, MICRO_BATCH=MICRO_BATCH)
     if BATCH % (run.world) or (BATCH // run.world) % min(MICRO_BATCH, BATCH // run.world):
         raise common.BadInput(
             f"BATCH {BATCH} must be a multiple of {run.world} processes × MICRO_BATCH {MICRO_BATCH}"
@@ -970,8 +1004,6 @@ def check_constants(run):
         1,
         math.inf,
         STEPS=STEPS,
-        BATCH=BATCH,
-        MICRO_BATCH=MICRO_BATCH,
         EXAMPLES=EXAMPLES,
         DIM=DIM,
         N_LAYERS=N_LAYERS,
@@ -980,7 +1012,6 @@ def check_constants(run):
         ADD_LEVEL=ADD_LEVEL,
         CHUNK=CHUNK,
         MAX_BAD_STEPS=MAX_BAD_STEPS,
-        CHAIN_SITES=CHAIN_SITES,
         MEMORY=MEMORY,
         PHASE_SWEEPS=PHASE_SWEEPS,
     )
@@ -1002,6 +1033,7 @@ def check_constants(run):
         RECONSTRUCTION=RECONSTRUCTION,
         VALID_WINDOWS=VALID_WINDOWS,
     )
+    common.within(10, math.inf, CHAIN_SITES=CHAIN_SITES)  # pieces share a tenth, one site at least
     common.within(-1, math.inf, EVAL_EVERY=EVAL_EVERY)
     common.within(0, 1, FLOOR=FLOOR, VALID_SHARE=VALID_SHARE, VALID_TYPED=VALID_TYPED, FOREIGN=FOREIGN)
     common.within(1e-9, 0.5, ERROR=ERROR)
@@ -1022,6 +1054,13 @@ def check_constants(run):
             raise common.BadInput(f"{name} {value!r} is not one of {', '.join(map(repr, allowed))}")
 
 
+def check_windows(panel, model):
+    longest, most = int(np.diff(panel.windows).max()), model.sizes["window_sites"]
+    if model.kind != "copy" and longest > most:
+        raise common.BadInput(f"a window of WINDOWS {WINDOWS} holds {longest} sites, the model reads "
+                              f"WINDOW_SITES {most} at most; make it shorter, or train with more")
+
+
 def main():
     if CHECK and not IMPUTE:
         raise common.BadInput(f"CHECK={CHECK} scores what IMPUTE= makes; give that too")
@@ -1030,7 +1069,7 @@ def main():
     run = common.start(SEED, DTYPE)
     check_constants(run)
     panel = Panel(run)
-    alleles, own, population, held = people_of(panel)
+    alleles, own, population, held = people_of(run, panel)
     train, valid = np.flatnonzero(~held), np.flatnonzero(held)
     if len(train) < 2 or len(valid) < 1:
         raise common.BadInput(
@@ -1050,6 +1089,7 @@ def main():
     windows = panel.windows[spread] if VALID_WINDOWS else None
 
     model = make_model()
+    check_windows(panel, model)
     constants = common.literals(globals())
     epoch_steps = max(1, len(train) // BATCH)
     eval_every = epoch_steps if EVAL_EVERY == -1 else EVAL_EVERY
@@ -1117,6 +1157,8 @@ def main():
         model.copy.scale.copy_(first_features.std(0) + 1e-3)
     model = model.to(run.device)
     optimizers = common.make_optimizers(model, OPTIMIZER, LR, MUON_LR, WEIGHT_DECAY)
+    if OPTIMIZER == "adam":  # which make_optimizers leaves without decay
+        optimizers[0].param_groups[0]["weight_decay"] = WEIGHT_DECAY
     found = common.resume(run, OUT, constants, RESUME, panel.print)
     state = found["state"] if found else {"fingerprint": panel.print, "best": math.inf, "since": 0, "bad": 0}
     begin = common.restore(run, found, model, optimizers) if found else 0
@@ -1249,6 +1291,10 @@ def typed_people(panel):
             f"{IMPUTE}: sample {given.samples[int(np.argmax(empty))]!r} has no call at any variant "
             "of the panel; leave it out"
         )
+    half = torch.from_numpy(~given.phased) & ((gt < 0).sum(2) == 1)
+    if half.any():
+        notes.append(f"{int(half.sum()):,} unphased calls with one allele missing taken as missing")
+        gt[half] = -1
     loose = torch.from_numpy(~given.phased) & (gt[..., 0] != gt[..., 1]) & (gt >= 0).all(2)
     if loose.any():
         notes.append(f"{int(loose.sum()):,} unphased heterozygotes phased against the panel")
@@ -1284,12 +1330,17 @@ def typed_people(panel):
 def impute():
     """IMPUTE: write OUT/imputed.vcf.gz with its index; with CHECK, the accuracy against the truth, too."""
     run = common.start(SEED, DTYPE)
-    best = common.load(common.newest_checkpoint(OUT))
-    model = build(best).to(run.device).eval()
+    path = common.newest_checkpoint(OUT)
+    if not path.is_file():
+        raise common.BadInput(f"there is no checkpoint in {OUT}; train first: train_rag_bert.py OUT={OUT}")
+    best = common.load(path)
     if run.world > 1:
         raise common.BadInput("IMPUTE runs in one process; start it without torchrun")
     check_constants(run)
+    model = build(best).to(run.device).eval()
+    globals()["WINDOW_SITES"] = min(WINDOW_SITES, model.sizes["window_sites"])
     panel = Panel(run)
+    check_windows(panel, model)
     begin, work = time.perf_counter(), time.process_time()
     alleles, own, population, typed, given, rows, donors, notes = typed_people(panel)
     for note in notes:
@@ -1328,7 +1379,9 @@ def check(run, panel, probability, given, typed):
     lost = [s for s in given.samples if s not in truth.samples]
     if lost:
         raise common.BadInput(f"CHECK {CHECK} lacks sample {lost[0]!r} ({len(lost)} of {len(given.samples)})")
-    rows, truth, _ = prepare_genotypes.match(truth, panel.file)
+    rows, truth, what = prepare_genotypes.match(truth, panel.file)
+    if what:
+        run.say(f"CHECK {CHECK}: {prepare_genotypes.report(what)}")
     gt = truth.gt[:, [truth.samples.index(s) for s in given.samples]].astype(np.int64)
     counts = torch.full((len(panel), len(given.samples)), -1)
     counts[rows] = torch.from_numpy(np.where((gt >= 0).all(2), gt.sum(2), -1))
@@ -1336,7 +1389,7 @@ def check(run, panel, probability, given, typed):
     run.say(table(metrics))
     plot_accuracy(metrics, OUT)
     return {m: {name: metrics[name][m] for name, *_ in BINS} for m in ("r2", "f1", "precision", "recall")} | {
-        "calibration": metrics["calibration"]}
+        "calibration": metrics.get("calibration", 0.0)}
 
 
 def write_imputed(path, panel, probability, given, rows, alleles):

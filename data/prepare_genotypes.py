@@ -60,8 +60,8 @@ class Genotypes:
         return dataclasses.replace(self, **parts)
 
     def keys(self):
-        """(chromosome without `chr`, position, REF, ALT) of each variant."""
-        return [(plain(c), int(p), r, a)
+        """(chromosome without `chr`, position, REF, ALT) of each variant, in capitals."""
+        return [(plain(c), int(p), r.upper(), a.upper())
                 for c, p, r, a in zip(self.chrom, self.pos, self.ref, self.alt, strict=True)]
 
 
@@ -111,8 +111,9 @@ def _read_vcf(path):
     _is_whole(path)
     try:
         file = cyvcf2.VCF(str(path), threads=1)
-    except OSError as error:
-        raise common.BadInput(f"{path} is no VCF or BCF file: {error}") from None
+    except Exception as error:      # htslib says more of it on stderr, and raises a bare Exception
+        raise common.BadInput(f"{path} is no VCF or BCF file, or its header is wrong (a sample twice, spaces "
+                              f"for tabs): {error}") from None
     dropped, rows, genotypes, phases = collections.Counter(), [], [], []
     samples = list(file.samples)
     try:
@@ -126,6 +127,14 @@ def _read_vcf(path):
                 dropped["no GT"] += 1
                 continue
             calls = record.genotype.array()
+            if calls.shape[1] == 2 and (calls[:, 0] == -1).all():
+                calls = np.insert(calls, 1, -1, axis=1)
+            if calls.shape[1] == 3:
+                calls[(calls[:, 0] == -1) & (calls[:, 1] == -2), 1] = -1        # "." is "./."
+            if calls.shape[1] == 3 and (calls[:, :2] > 1).any():
+                odd = samples[int(np.argmax((calls[:, :2] > 1).any(1)))]
+                raise common.BadInput(f"{path}: {record.CHROM}:{record.POS}, sample {odd!r} has an allele "
+                                      "above 1, but there is one ALT; mend the record, or drop it")
             if calls.shape[1] != 3 or (calls[:, :2] == -2).any():
                 odd = int(np.argmax((calls[:, :-1] == -2).any(1))) if calls.shape[1] == 3 else 0
                 raise common.BadInput(
@@ -308,7 +317,8 @@ def match(typed, panel, least=0.1):
     why).
 
     REF and ALT that are swapped, or given for the other strand, are turned; A/T and C/G pairs that would need
-    it are ambiguous and dropped. Refused are other chromosomes and a file of which less than `least` fits."""
+    it are ambiguous and dropped, and so are indels. Refused are other chromosomes and a file of whose records
+    between the panel's ends less than `least` fits."""
     if plain(typed.chrom[0]) != plain(panel.chrom[0]):
         raise common.BadInput(
             f"{typed.name} is of chromosome {typed.chrom[0]}, the panel {panel.name} of {panel.chrom[0]}"
@@ -321,7 +331,7 @@ def match(typed, panel, least=0.1):
         other = ref.translate(COMPLEMENT), alt.translate(COMPLEMENT)
         palindrome = other == (alt, ref)
         options = [((ref, alt), False, "")]
-        if not palindrome:
+        if not palindrome and len(ref) == len(alt) == 1:   # an indel turned round is another indel
             options += [
                 ((alt, ref), True, "REF and ALT swapped, turned"),
                 (other, False, "other strand, turned"),
@@ -345,8 +355,8 @@ def match(typed, panel, least=0.1):
         rows.append(row)
         keep.append(i)
         flip.append(turned)
-    if not rows or len(rows) < least * len(typed.pos):
-        inside = np.mean((typed.pos >= panel.pos[0]) & (typed.pos <= panel.pos[-1]))
+    inside = np.mean((typed.pos >= panel.pos[0]) & (typed.pos <= panel.pos[-1]))
+    if not rows or len(rows) < least * inside * len(typed.pos):
         raise common.BadInput(
             f"{len(rows)} of {len(typed.pos)} records of {typed.name} are in the panel {panel.name} "
             f"({report(what)}; {inside:.0%} lie between its ends): another genome build, or another region?"
@@ -395,20 +405,26 @@ def frequencies(found, names, number):
     return out
 
 
-def genetic(path, pos):
-    """Genetic position (cM) of physical ones, straight between the map's points; no map: 1 cM a megabase."""
+def genetic(path, pos, chrom):
+    """Genetic position (cM) of physical ones of a chromosome, straight between the map's points; no map: 1 cM
+    a megabase."""
     pos = np.asarray(pos, float)
     if not path:
         return pos / 1e6
     if not Path(path).is_file():
         raise common.BadInput(f"no MAP at {path}")
-    with (gzip.open if str(path).endswith(".gz") else open)(path, "rt") as file:
-        rows = [line.split() for line in file]
     try:
-        numbers = np.array([(float(r[0]), float(r[2])) for r in rows[not rows[0][0].isdigit():]])
-    except (ValueError, IndexError):
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt") as file:
+            rows = [line.split() for line in file if line.strip()]
+        rows = rows[not rows[0][0].isdigit():]
+        numbers = np.array([(float(r[0]), float(r[2])) for r in rows if plain(r[1]) == plain(chrom)])
+        others = sorted({r[1] for r in rows})
+    except (ValueError, IndexError, EOFError, gzip.BadGzipFile):
         raise common.BadInput(f"{path} is no genetic map; each line is: position, chromosome, cM") from None
-    if len(numbers) < 2 or (np.diff(numbers, axis=0) < 0).any():
+    if not len(numbers):
+        raise common.BadInput(f"{path} has no line of chromosome {chrom}, its second column names "
+                              f"{', '.join(others[:4])}; each line is: position, chromosome, cM")
+    if len(numbers) < 2 or not np.isfinite(numbers).all() or (np.diff(numbers, axis=0) < 0).any():
         raise common.BadInput(f"{path}: positions and cM must rise, on two lines at least")
     (low, cm_low), (high, cm_high) = numbers[0], numbers[-1]
     slope = max((cm_high - cm_low) / max(high - low, 1), 1e-9)
@@ -482,7 +498,7 @@ def main():
     names, number = populations(SAMPLES, panel.samples)
     write_h5(panel, out / "panel.vcf.h5")
     np.save(out / "Freq.npy", frequencies(panel, names, number))
-    parts = windows(genetic(MAP, panel.pos), WINDOW_SITES, WINDOW_CM, OVERLAP)
+    parts = windows(genetic(MAP, panel.pos, panel.chrom[0]), WINDOW_SITES, WINDOW_CM, OVERLAP)
     lines = ["first,end,from,to", *(f"{a},{b},{panel.pos[a]},{panel.pos[b - 1]}" for a, b in parts)]
     (out / "windows.csv").write_text("\n".join(lines) + "\n")
     print(f"{out}: panel.vcf.h5, Freq.npy ({', '.join(names)}, all), windows.csv ({len(parts)})")
