@@ -2136,7 +2136,7 @@ def test_permuting_the_panel_changes_no_dosage(people, train_people):
     close(of(np.arange(114)), of(rng.permutation(114)), 1e-4)
 
 
-def train_people_panel(train_people):
+def train_people_panel(train_people, **constants):
     """The Panel that the fixture's constants give."""
     held = {}
 
@@ -2149,7 +2149,7 @@ def train_people_panel(train_people):
     original = train_rag_bert.Panel
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
         patch.setattr(train_rag_bert, "Panel", keep)
-        train_people()
+        train_people(**constants)
     return held["panel"]
 
 
@@ -2170,6 +2170,9 @@ def test_pieces_of_a_chain_agree_at_their_seams(people, train_people, monkeypatc
         weights.append((sites[0], sites[-1], weight))
     assert weights[0][0] == 0 and weights[-1][1] == len(panel) - 1
     assert weights[1][2][0] == 0 and weights[1][2][-1] == 1                # from the old piece to the new
+    windows = panel.windows
+    assert (windows[1:, 0] < windows[:-1, 1]).all()
+    assert torch.equal(train_rag_bert.dosages(run, model, examples, typed, windows), cut)
 
 
 def test_nearest_segments_are_the_same_by_faiss_and_by_torch_and_never_ones_own(
@@ -2197,6 +2200,10 @@ def test_nearest_segments_are_the_same_by_faiss_and_by_torch_and_never_ones_own(
         again.nearest(tokens, window, 5, banned), flat
     )
     assert train_rag_bert.Retriever(panel, columns[1:], "flat", tmp_path).print != again.print
+    for path in tmp_path.glob("*.faiss"):
+        os.truncate(path, 50)
+    whole = train_rag_bert.Retriever(panel, columns, "flat", tmp_path)
+    assert torch.equal(whole.nearest(tokens, window, 5, banned), flat)
     found["ivf"].index(*window).nprobe = 100
     assert torch.equal(found["ivf"].nearest(tokens, window, 5, banned), flat)
     with pytest.raises(common.BadInput) as error:
@@ -2566,6 +2573,19 @@ def test_all_sites_typed_and_a_panel_of_oneself(train_people, people, tmp_path, 
     capsys.readouterr()
     train_people(IMPUTE=truth, PANEL=str(tmp_path / "several.vcf.gz"), OUT=str(tmp_path / "run"))
     assert "left out 1 several ALT alleles" in capsys.readouterr().out
+    prepare_genotypes.write_h5(prepare_genotypes.read(truth), tmp_path / "truth.h5")
+    train_people(IMPUTE=str(tmp_path / "truth.h5"), OUT=str(tmp_path / "run"))
+    assert "taken as phased" in capsys.readouterr().out
+
+
+def test_a_mask_leaves_a_typed_site_and_a_map_is_part_of_the_fingerprint(train_people, people, tmp_path):
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        assert train_rag_bert.draw_mask(rng, np.array([0.1, 0.2, 0.3]), 0.8).any()
+    (tmp_path / "other.map").write_text("1 1 0.1\n500000 1 3.5\n")
+    prints = {train_people_panel(train_people, **c).print
+              for c in ({}, {"MAP": str(tmp_path / "other.map")}, {"SAMPLES": ""}, {})}
+    assert len(prints) == 3
 
 
 def test_frequencies_that_a_person_is_told_are_of_others(train_people, people):
@@ -2667,6 +2687,7 @@ def test_cut_files_and_other_panels_are_one_sentence(train_people, people, tmp_p
         (dict(MAP=str(tmp_path / "plink.map")), "no line of chromosome 1, its second column names ."),
         (dict(MAP=str(tmp_path / "nan.map")), "positions and cM must rise"),
         (dict(MAP=str(tmp_path / "plain.gz")), "is no genetic map"),
+        (dict(RATES=("a",)), "RATES ('a',) must be numbers"),
         (dict(CHAIN_SITES=9), "CHAIN_SITES 9 must be at least 10"),
         (dict(BATCH=0), "BATCH 0 must be at least 1"),
         (dict(IMPUTE="x", OUT=str(tmp_path / "none")), "train first: train_rag_bert.py OUT="),

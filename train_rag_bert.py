@@ -130,7 +130,8 @@ class Panel:
         self.windows = (prepare_genotypes.read_windows(WINDOWS, len(found.pos)) if WINDOWS else
                         prepare_genotypes.windows(self.cm, WINDOW_SITES, 0.0, OVERLAP))
         self.valid = np.array([hash_share(s) < VALID_SHARE for s in found.samples])
-        self.print = hashlib.sha256(self.alleles.numpy().tobytes() + found.pos.tobytes()).hexdigest()[:16]
+        known = (self.alleles.numpy(), found.pos, self.cm, number)
+        self.print = hashlib.sha256(b"".join(x.tobytes() for x in known)).hexdigest()[:16]
 
     def __len__(self):
         return len(self.maf)
@@ -199,11 +200,14 @@ def draw_mask(rng, maf, rate, kinds=("random", "span", "array")):
         return array_mask(rng, maf, 1 - rate)
     if kind == "random":
         weight = 1.25 - maf
-        return rng.random(len(maf)) >= rate * weight / weight.mean()
+        typed = rng.random(len(maf)) >= rate * weight / weight.mean()
+        typed[rng.integers(len(maf))] |= not typed.any()
+        return typed
     typed = np.ones(len(maf), bool)
     while typed.mean() > 1 - rate:
         first, n = rng.integers(len(maf)), 1 + rng.geometric(min(1.0, 20 / len(maf)))
         typed[first:first + n] = False
+    typed[0] |= not typed.any()
     return typed
 
 
@@ -410,9 +414,13 @@ class Retriever:
         else:
             import faiss
             path = self.folder / f"{self.print}-{first}-{end}.faiss" if self.folder else None
+            found = None
             if path and path.exists():
-                found = faiss.read_index(str(path))
-            else:
+                try:
+                    found = faiss.read_index(str(path))
+                except RuntimeError:                                         # cut short: made again
+                    path.unlink()
+            if found is None:
                 flat = faiss.IndexFlatL2(vectors.shape[1])
                 found = flat if self.kind == "flat" else faiss.IndexIVFFlat(
                     flat, vectors.shape[1], max(1, int(math.sqrt(len(vectors)))))
@@ -720,7 +728,7 @@ def dosages(run, model, examples, typed, windows=None, progress=None, foreign=Fa
     out = torch.full((len(panel), 2 * n), math.nan)
     if model.kind == "copy":
         everything = [(0, len(panel))] if windows is None else [(int(a), int(b)) for a, b in windows]
-        rows = np.concatenate([np.arange(a, b) for a, b in everything])
+        rows = np.unique(np.concatenate([np.arange(a, b) for a, b in everything]))   # windows overlap
         for part, sites, weight in chains(panel, typed, rows):
             states = len(part) * len(model.rates) * len(examples.donors) * 4 * 2
             size = max(1, int(MEMORY * 2**20 / max(states, 1)))
@@ -1039,6 +1047,9 @@ def check_constants(run):
     common.within(1e-9, 0.5, ERROR=ERROR)
     common.within(0, 0.9, OVERLAP=OVERLAP)
     common.divisible(DIM=(DIM, 2 * N_HEADS))
+    for name, value in (("ARRAY", ARRAY), ("LEVELS", LEVELS), ("RATES", RATES)):
+        if not all(isinstance(x, int | float) for x in value):
+            raise common.BadInput(f"{name} {value} must be numbers")
     if len(ARRAY) != 2 or not 0 < ARRAY[0] <= ARRAY[1] < 1:
         raise common.BadInput(f"ARRAY {ARRAY} must be two shares, the smaller first, above 0, below 1")
     if not LEVELS or not all(0 < x < 1 for x in LEVELS) or not RATES or min(RATES) <= 0:
@@ -1283,6 +1294,8 @@ def typed_people(panel):
     rows, given, what = prepare_genotypes.match(given, panel.file)
     gt = torch.from_numpy(given.gt.astype(np.int8))
     notes = [f"{len(rows):,} of {len(panel):,} panel variants typed in {len(given.samples)} people"]
+    if Path(IMPUTE).suffix in (".h5", ".hdf5"):
+        notes.append(f"{IMPUTE} does not say whether it is phased, as no .h5 file does: taken as phased")
     if what:
         notes.append(prepare_genotypes.report(what))
     empty = (given.gt < 0).all((0, 2))
