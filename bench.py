@@ -1081,7 +1081,7 @@ def impute():
             model(**inputs)["haplotype"].square().sum().backward()
             model.zero_grad(set_to_none=True)
         return work
-    works = [update_of(made(1, False)), update_of(made(64, True))]
+    works = [update_of(made(1, False)), update_of(made(2, True))]
     base, mine = fastest(min(REPEAT, 3), *works)
     rows.append(
         row(

@@ -56,7 +56,7 @@ K = 3                 # panel segments retrieved; 0 = none
 FUSION = "enhanced"   # "enhanced", "aware", "concat"
 WEIGHTING = "power"   # of rare variants in "enhanced"; "clamped": 1/MAF, at most 10
 INDEX = "flat"        # exact FAISS index; "ivf": approximate, for large panels; "torch": without FAISS
-CHUNK = 64            # segments encoded at once
+CHUNK = 8             # segments encoded at once
 RECOMPUTE = True      # gradient checkpointing of retrieved segments
 
 # Optimization
