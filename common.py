@@ -1608,9 +1608,11 @@ static inline float exponential(float x) {                      /* expf of Cephe
 typedef float V __attribute__((vector_size(64)));
 static inline V load(const float *x) { V v; memcpy(&v, x, 64); return v; }
 static inline float total(V v) {
-    float x[16]; memcpy(x, &v, 64);
-    for (int half = 8; half; half /= 2) for (int i = 0; i < half; i++) x[i] += x[i + half];
-    return x[0];
+    typedef float V8 __attribute__((vector_size(32)));
+    typedef float V4 __attribute__((vector_size(16)));
+    V8 a[2]; memcpy(a, &v, 64); a[0] += a[1];
+    V4 c[2]; memcpy(c, a, 32); c[0] += c[1];
+    return c[0][0] + c[0][2] + (c[0][1] + c[0][3]);
 }
 static inline V widened(const T *x, int64_t n) {                /* n < 16: the rest is zero */
     float wide[16] = {0};
