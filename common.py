@@ -1573,6 +1573,7 @@ class Attention(nn.Module):
 # 6.1 A step of one token a row on a CPU: what stands between two matrices as one C function. torch's small
 # operations cost more there than the matrices.
 
+STEP_PAIRS = 32_768  # of query and key: a longer chunk of one row is attended faster by torch's products
 STEP_C = r"""
 #include <math.h>
 #include <stdint.h>
@@ -1646,7 +1647,7 @@ void gate_up(const T *x, T *y, int64_t B, int64_t D) {
 
 /* x (B, q k v, E): norms (if any) and rotary angles; keys and values go into column at[b] of the cache, with
    `row` and `head` from one row or head to the next; y (B, G R, E): attention of R queries a head to the
-   columns up to it, to the last `window` of them if that is not 0. */
+   columns up to it, to the last `window` of them if that is not 0. With row = 0 they are B tokens of one. */
 #define WIDE ((E + 15) / 16 * 16)
 void attend(const T *x, const T *weight, const float *rope, int64_t context, T *keys, T *values, int64_t row,
             int64_t head, const int64_t *at, T *y, int64_t B, int64_t G, int64_t window, float eps) {
@@ -3043,8 +3044,10 @@ class LM(nn.Module):
         (B, D), or of each (B, T, D). With `width` one more token a row attends over so many columns of the
         cache, those behind it masked: products of the same shape however long the longest row is."""
         (B, T), device, before = ids.shape, ids.device, cache.lengths
-        if self.fused and T == 1 and min(lengths) == 1 and not each and not torch.is_autocast_enabled("cpu"):
-            return self._step(ids[:, 0], cache)
+        short = T == 1 or B == 1 and T * (before[0] + T) <= STEP_PAIRS
+        if self.fused and short and min(lengths) == T and not torch.is_autocast_enabled("cpu"):
+            y = self._step(ids.flatten(), cache)
+            return y.view(B, T, -1) if each else y.view(B, T, -1)[:, -1]
         columns = torch.tensor(before, device=device)[:, None] + torch.arange(T, device=device)
         x, cos, sin = self._start(ids, columns.clamp(max=self.context - 1))
         real = torch.arange(T, device=device) < torch.tensor(lengths, device=device)[:, None]
@@ -3078,10 +3081,12 @@ class LM(nn.Module):
                            b.attention.joined[1], b.norm_mlp.weight, *b.mlp.joined) for b in self.layers]
 
     def _step(self, ids: Tensor, cache: Cache) -> Tensor:
-        """`read` of one token a row, ids (B,); a row's bits are its own, whatever the others hold."""
-        B, a, eps = len(ids), self.layers[0].attention, self.norm.eps
+        """`read` of one token a row, ids (B,), or of B tokens of one row; a row's bits are its own, whatever
+        the others hold."""
+        B, a, eps, rows = len(ids), self.layers[0].attention, self.norm.eps, len(cache.lengths)
         kernels = step_kernels(self.head_weight.dtype, a.n_heads // a.n_kv_heads, a.head_dim)
-        x, rope, at, more = self.embedding(ids), self.rope, torch.tensor(cache.lengths), None
+        x, rope, more = self.embedding(ids), self.rope, None
+        at = torch.tensor(cache.lengths) if rows == B else cache.lengths[0] + torch.arange(B)
         heads, hidden = x.new_empty(B, a.n_heads * a.head_dim), x.new_empty(B, self.sizes["hidden_dim"])
         y = torch.empty_like(x)
 
@@ -3093,16 +3098,16 @@ class LM(nn.Module):
             add_norm(more, norm)
             joined, k, v = qkv(y), memory["k"], memory["v"]                        # (B, (H + 2 G) E)
             kernels.attend(joined.data_ptr(), norm_qk if norm_qk is None else norm_qk.data_ptr(),
-                           rope.data_ptr(), rope.shape[1], k.data_ptr(), v.data_ptr(), k.stride(0),
-                           k.stride(1), at.data_ptr(), heads.data_ptr(), B, a.n_kv_heads, a.window,
-                           self.eps_qk)
+                           rope.data_ptr(), rope.shape[1], k.data_ptr(), v.data_ptr(),
+                           k.stride(0) if rows == B else 0, k.stride(1), at.data_ptr(), heads.data_ptr(), B,
+                           a.n_kv_heads, a.window, self.eps_qk)
             more = out(heads)
             add_norm(more, norm_mlp)
             joined = gate_up(y)                                                    # (B, gate and up)
             kernels.gate_up(joined.data_ptr(), hidden.data_ptr(), B, hidden.shape[1])
             more = down(hidden)
         add_norm(more, self.norm.weight)
-        cache.lengths = [n + 1 for n in cache.lengths]
+        cache.lengths = [n + B // rows for n in cache.lengths]
         return y
 
 

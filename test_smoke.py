@@ -830,7 +830,12 @@ def test_fused_steps_equal_the_slow_ones(changes, dtype, rtol):
         net.fused, cache = fused, common.Cache(net, 5, 60)
         states = [net.read(prompts, [40, 3, 17, 26, 1], cache)]
         states += [net.read(torch.full((5, 1), 3 + i), [1] * 5, cache) for i in range(9)]
-        return torch.stack(states), cache
+        row = cache.rows(2, 3)                                 # one row alone, in chunks, from the beginning
+        row.lengths = [0]
+        for begin, end in ((0, 30), (30, 31), (31, 40)):
+            states += net.read(prompts[:1, begin:end], [end - begin], row, each=True)
+        states.append(net.read(prompts[1:2, :3], [3], row))
+        return torch.cat(states), cache
     fused, (states, slow) = net.fused, read([])
     found, cache = read(fused)
     assert (found - states).float().norm() < rtol * states.float().norm()
