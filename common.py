@@ -16,6 +16,7 @@ import bisect
 import codecs
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import datetime
 import difflib
@@ -30,7 +31,9 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -1596,6 +1599,177 @@ class Attention(nn.Module):
             y = attend_cached(q, keys, values, sees)
         return (self.joined[1] if self.joined else self.out)(y.transpose(1, 2).flatten(2))
 
+# 6.1 A step of one token a row on a CPU: what stands between two matrices as one C function. torch's small
+# operations cost more there than the matrices.
+
+STEP_PAIRS = 32_768  # of query and key: a longer chunk of one row is attended faster by torch's products
+STEP_C = r"""
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef BFLOAT16
+typedef uint16_t T;
+static inline float get(T x) {
+    uint32_t u = (uint32_t)x << 16; float f; memcpy(&f, &u, 4);
+    return f;
+}
+static inline T put(float f) {                                  /* to the nearest, ties to even */
+    uint32_t u; memcpy(&u, &f, 4);
+    return f == f ? (u + 0x7fff + (u >> 16 & 1)) >> 16 : 0x7fc0;
+}
+#else
+typedef float T;
+static inline float get(T x) { return x; }
+static inline T put(float f) { return f; }
+#endif
+
+static inline float exponential(float x) {                      /* expf of Cephes, without branches */
+    x = x < -87 ? -87 : x > 88 ? 88 : x;
+    float n = rintf(x * 1.44269504f), r = x - n * 0.693359375f + n * 2.12194440e-4f, y, power;
+    y = 1.6666665459e-1f + r * (4.1665795894e-2f + r * (8.3334519073e-3f + r * (1.3981999507e-3f
+        + r * 1.9875691500e-4f)));
+    int32_t bits = ((int32_t)n + 127) << 23; memcpy(&power, &bits, 4);
+    return (1 + r * (1 + r * (0.5f + r * y))) * power;
+}
+
+/* Sums are written as 16 lanes: what a row gets must not depend on where it stands in memory. */
+typedef float V __attribute__((vector_size(64)));
+static inline V load(const float *x) { V v; memcpy(&v, x, 64); return v; }
+static inline float total(V v) {
+    typedef float V8 __attribute__((vector_size(32)));
+    typedef float V4 __attribute__((vector_size(16)));
+    V8 a[2]; memcpy(a, &v, 64); a[0] += a[1];
+    V4 c[2]; memcpy(c, a, 32); c[0] += c[1];
+    return c[0][0] + c[0][2] + (c[0][1] + c[0][3]);
+}
+static inline V widened(const T *x, int64_t n) {                /* n < 16: the rest is zero */
+    float wide[16] = {0};
+    if (n >= 16) for (int i = 0; i < 16; i++) wide[i] = get(x[i]);
+    else for (int i = 0; i < n; i++) wide[i] = get(x[i]);
+    return load(wide);
+}
+
+/* x += more, if any; y = RMSNorm(x); all (B, D) */
+void add_norm(T *x, const T *more, const T *weight, T *y, int64_t B, int64_t D, float eps) {
+    for (int64_t b = 0; b < B; b++, x += D, y += D) {
+        V squares = {0};
+        if (more) {
+            for (int64_t i = 0; i < D; i++) x[i] = put(get(x[i]) + get(more[i]));
+            more += D;
+        }
+        for (int64_t i = 0; i < D; i += 16) { V v = widened(x + i, D - i); squares += v * v; }
+        float scale = 1 / sqrtf(total(squares) / D + eps);
+        for (int64_t i = 0; i < D; i++) y[i] = put(get(x[i]) * scale * get(weight[i]));
+    }
+}
+
+/* y (B, D) = silu(gate) * up of x (B, gate and up) */
+void gate_up(const T *x, T *y, int64_t B, int64_t D) {
+    for (int64_t b = 0; b < B; b++, x += 2 * D, y += D)
+        for (int64_t i = 0; i < D; i++) {
+            float gate = get(x[i]);
+            y[i] = put(gate / (1 + exponential(-gate)) * get(x[D + i]));
+        }
+}
+
+/* x (B, q k v, E): norms (if any) and rotary angles; keys and values go into column at[b] of the cache, with
+   `row` and `head` from one row or head to the next; y (B, G R, E): attention of R queries a head to the
+   columns up to it, to the last `window` of them if that is not 0. With row = 0 they are B tokens of one. */
+#define WIDE ((E + 15) / 16 * 16)
+void attend(const T *x, const T *weight, const float *rope, int64_t context, T *keys, T *values, int64_t row,
+            int64_t head, const int64_t *at, T *y, int64_t B, int64_t G, int64_t window, float eps) {
+    int64_t room = 0;
+    for (int64_t b = 0; b < B; b++) room = at[b] > room ? at[b] : room;
+    room += 17;
+    float *scores = malloc(R * room * sizeof(float));
+    for (int64_t b = 0; b < B; b++, x += (G * R + 2 * G) * E, y += G * R * E) {
+        int64_t n = at[b] + 1, from = window && n > window ? n - window : 0, seen = n - from;
+        const float *cosine = rope + (n < context ? n - 1 : context - 1) * (E / 2);
+        const float *sine = cosine + context * (E / 2);
+        for (int64_t g = 0; g < G; g++) {
+            T *k = keys + b * row + g * head, *v = values + b * row + g * head;
+            float q[R + 1][WIDE] = {{0}}, out[R][E] = {{0}}, wide[WIDE] = {0};
+            for (int r = 0; r <= R; r++) {                      /* R queries and the key */
+                int64_t h = r < R ? g * R + r : G * R + g;
+                for (int i = 0; i < E; i++) wide[i] = get(x[h * E + i]);
+                if (weight) {
+                    V squares = {0};
+                    for (int i = 0; i < WIDE; i += 16) squares += load(wide + i) * load(wide + i);
+                    float scale = 1 / sqrtf(total(squares) / E + eps);
+                    for (int i = 0; i < E; i++) wide[i] *= scale * get(weight[h * E + i]);
+                }
+                for (int i = 0; i < E / 2; i++) {
+                    q[r][i] = wide[i] * cosine[i] - wide[i + E / 2] * sine[i];
+                    q[r][i + E / 2] = wide[i + E / 2] * cosine[i] + wide[i] * sine[i];
+                }
+            }
+            for (int i = 0; i < E; i++) k[at[b] * E + i] = put(q[R][i]);
+            memcpy(v + at[b] * E, x + (G * R + G + g) * E, E * sizeof(T));
+            k += from * E, v += from * E;
+            for (int64_t j = 0; j < seen; j++) {
+                for (int i = 0; i < E; i++) wide[i] = get(k[j * E + i]);
+                for (int r = 0; r < R; r++) {
+                    V products = {0};
+                    for (int i = 0; i < WIDE; i += 16) products += load(q[r] + i) * load(wide + i);
+                    scores[r * room + j] = total(products) / sqrtf(E);
+                }
+            }
+            for (int r = 0; r < R; r++) {
+                float *s = scores + r * room, most[16];
+                V sum = {0};
+                for (int i = 0; i < 16; i++) s[seen + i] = most[i] = -3e38f;
+                for (int64_t j = 0; j < seen; j += 16)
+                    for (int i = 0; i < 16; i++) most[i] = s[j + i] > most[i] ? s[j + i] : most[i];
+                for (int i = 1; i < 16; i++) most[0] = most[i] > most[0] ? most[i] : most[0];
+                for (int64_t j = 0; j < seen; j++) s[j] = exponential(s[j] - most[0]);
+                for (int i = 0; i < 16; i++) s[seen + i] = 0;
+                for (int64_t j = 0; j < seen; j += 16) sum += load(s + j);
+                float share = 1 / total(sum);
+                for (int64_t j = 0; j < seen; j++) s[j] *= share;
+            }
+            for (int64_t j = 0; j < seen; j++) {
+                for (int i = 0; i < E; i++) wide[i] = get(v[j * E + i]);
+                for (int r = 0; r < R; r++)
+                    for (int i = 0; i < E; i++) out[r][i] += scores[r * room + j] * wide[i];
+            }
+            for (int r = 0; r < R; r++)
+                for (int i = 0; i < E; i++) y[(g * R + r) * E + i] = put(out[r][i]);
+        }
+    }
+    free(scores);
+}
+"""
+
+
+@functools.cache
+def step_kernels(dtype: torch.dtype, queries: int, head_dim: int) -> ctypes.PyDLL | None:
+    """STEP_C for `queries` heads to a key head, compiled for this machine in a fraction of a second; None
+    where there is no C compiler or it fails."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") or shutil.which("g++")
+    if compiler is None or dtype not in (torch.float32, torch.bfloat16):
+        return None
+    flags = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", f"-DR={queries}",
+             f"-DE={head_dim}"]
+    flags += ["-mprefer-vector-width=512"] * (torch.backends.cpu.get_cpu_capability() == "AVX512")
+    flags += ["-DBFLOAT16"] * (dtype == torch.bfloat16)
+    with tempfile.TemporaryDirectory() as folder:
+        library = f"{folder}/step.so"
+        try:
+            subprocess.run([compiler, *flags, "-shared", "-fPIC", "-x", "c", "-", "-o", library, "-lm"],
+                           input=STEP_C.encode(), check=True, timeout=60, capture_output=True)
+            kernels = ctypes.PyDLL(library)  # calls take microseconds: shorter than to hand Python's lock on
+        except (subprocess.SubprocessError, OSError):
+            return None
+    P, N, R = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    kernels.add_norm.argtypes = [P, P, P, P, N, N, R]
+    kernels.gate_up.argtypes = [P, P, N, N]
+    kernels.attend.argtypes = [P, P, P, N, P, P, N, N, P, P, N, N, N, R]
+    for function in (kernels.add_norm, kernels.gate_up, kernels.attend):
+        function.restype = None
+    return kernels
+
 
 # 7. Sparse attention.
 
@@ -2816,7 +2990,7 @@ class LM(nn.Module):
         self.sizes.update(head_dim=head_dim, hidden_dim=hidden_dim)
         if yarn < 1:
             raise BadInput(f"YARN {yarn} must be at least 1")
-        self.context = int(seq_len * yarn)
+        self.context, self.fused = int(seq_len * yarn), []
         self.rope = rope_table(head_dim, self.context, theta, yarn, seq_len)  # no buffer: stays float32
         self.embedding = nn.Embedding(vocab_size, dim)
         self.dropout = nn.Dropout(dropout)
@@ -2899,6 +3073,10 @@ class LM(nn.Module):
         (B, D), or of each (B, T, D). With `width` one more token a row attends over so many columns of the
         cache, those behind it masked: products of the same shape however long the longest row is."""
         (B, T), device, before = ids.shape, ids.device, cache.lengths
+        short = T == 1 or B == 1 and T * (before[0] + T) <= STEP_PAIRS
+        if self.fused and short and min(lengths) == T and not torch.is_autocast_enabled("cpu"):
+            y = self._step(ids.flatten(), cache)
+            return y.view(B, T, -1) if each else y.view(B, T, -1)[:, -1]
         columns = torch.tensor(before, device=device)[:, None] + torch.arange(T, device=device)
         x, cos, sin = self._start(ids, columns.clamp(max=self.context - 1))
         real = torch.arange(T, device=device) < torch.tensor(lengths, device=device)[:, None]
@@ -2918,6 +3096,48 @@ class LM(nn.Module):
             return self.norm(x)
         last = torch.tensor(lengths, device=device) - 1
         return self.norm(x[:, -1] if T == 1 else x[torch.arange(B, device=device), last])
+
+    def fuse(self) -> None:
+        """For inference, after the matrices are joined: steps of one token by step_kernels, where they
+        can."""
+        self.fused, a = [], self.layers[0].attention
+        plain = all(type(b.attention) is Attention and type(b.mlp) is SwiGLU for b in self.layers)
+        if not plain or self.head_weight.device.type != "cpu":
+            return
+        if step_kernels(self.head_weight.dtype, a.n_heads // a.n_kv_heads, a.head_dim) is not None:
+            self.eps_qk = getattr(a.norm_q, "eps", 0.0)
+            self.fused = [(b.norm_attn.weight, b.attention.joined[0], b.attention.joined_norm,
+                           b.attention.joined[1], b.norm_mlp.weight, *b.mlp.joined) for b in self.layers]
+
+    def _step(self, ids: Tensor, cache: Cache) -> Tensor:
+        """`read` of one token a row, ids (B,), or of B tokens of one row; a row's bits are its own, whatever
+        the others hold."""
+        B, a, eps, rows = len(ids), self.layers[0].attention, self.norm.eps, len(cache.lengths)
+        kernels = step_kernels(self.head_weight.dtype, a.n_heads // a.n_kv_heads, a.head_dim)
+        x, rope, more = self.embedding(ids), self.rope, None
+        at = torch.tensor(cache.lengths) if rows == B else cache.lengths[0] + torch.arange(B)
+        heads, hidden = x.new_empty(B, a.n_heads * a.head_dim), x.new_empty(B, self.sizes["hidden_dim"])
+        y = torch.empty_like(x)
+
+        def add_norm(more, weight):
+            kernels.add_norm(x.data_ptr(), more if more is None else more.data_ptr(), weight.data_ptr(),
+                             y.data_ptr(), B, x.shape[1], eps)
+        for (norm, qkv, norm_qk, out, norm_mlp, gate_up, down), memory in zip(self.fused, cache.layers,
+                                                                              strict=True):
+            add_norm(more, norm)
+            joined, k, v = qkv(y), memory["k"], memory["v"]                        # (B, (H + 2 G) E)
+            kernels.attend(joined.data_ptr(), norm_qk if norm_qk is None else norm_qk.data_ptr(),
+                           rope.data_ptr(), rope.shape[1], k.data_ptr(), v.data_ptr(),
+                           k.stride(0) if rows == B else 0, k.stride(1), at.data_ptr(), heads.data_ptr(), B,
+                           a.n_kv_heads, a.window, self.eps_qk)
+            more = out(heads)
+            add_norm(more, norm_mlp)
+            joined = gate_up(y)                                                    # (B, gate and up)
+            kernels.gate_up(joined.data_ptr(), hidden.data_ptr(), B, hidden.shape[1])
+            more = down(hidden)
+        add_norm(more, self.norm.weight)
+        cache.lengths = [n + B // rows for n in cache.lengths]
+        return y
 
 
 def compile_layers(model: nn.Module, wanted: str, steps: int) -> None:
@@ -3159,6 +3379,8 @@ def for_inference(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         if isinstance(module, Attention | SwiGLU):
             module.join()
     model.fixed_head = fixed_linear(model.head_weight)
+    if isinstance(model, LM):
+        model.fuse()
     return model
 
 

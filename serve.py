@@ -417,7 +417,8 @@ class Slots:
         columns = max(self.least, *(self.held[slot] + 1 for slot in slots))
         columns = min(self.length, -(-columns // 256) * 256)
         hidden = self.model.read(self.tensor(ids), [1] * (end - begin), rows, width=columns)
-        return self.head(hidden)[[slot - begin for slot in slots]].float().cpu()
+        logits, wanted = self.head(hidden), [slot - begin for slot in slots]
+        return (logits if wanted == list(range(end - begin)) else logits[wanted]).float().cpu()
 
     def calibrate(self):
         """Keep the widths at which every row has the bits that it has at the greatest, at each place and with
@@ -517,9 +518,13 @@ class Engine:
                 traceback.print_exc()
                 for job in list(self.active):
                     self.end(job, "error", error="the model failed on this request")
-            outbox, self.outbox = self.outbox, []
-            if outbox:
-                self.post(outbox)
+            self.flush()
+
+    def flush(self):
+        """Pass on what the answers have gained."""
+        outbox, self.outbox = self.outbox, []
+        if outbox:
+            self.post(outbox)
 
     def admit(self):
         """Jobs whose time is over leave, waiting ones take the lowest free slots."""
@@ -553,6 +558,7 @@ class Engine:
             if not self.read(longest=self.slots.chunk):
                 break
         running = [job for job in self.active if job.new and not job.cancelled]
+        self.flush()                                           # a first token does not wait for the others
         if running:
             self.extend(running, self.slots.step(running))
 

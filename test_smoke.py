@@ -819,6 +819,42 @@ def test_ragged_batch_equals_one_at_a_time_cached_or_not(settings_):
     assert together == [tokens_of([p], [s])[0] for p, s in zip(prompts, [1, 2, 3, 4], strict=True)]
 
 
+@pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-6), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("changes", [{}, dict(qk_norm=False, n_kv_heads=4, tied=False), dict(head_dim=6),
+                                     dict(attention="window", sparse={"window": 20}, n_kv_heads=1)])
+def test_fused_steps_equal_the_slow_ones(changes, dtype, rtol):
+    net = common.for_inference(tiny_lm(**changes).float(), dtype)
+    assert net.fused
+    prompts = torch.randint(3, 300, (5, 40))
+
+    def read(fused):
+        net.fused, cache = fused, common.Cache(net, 5, 60)
+        states = [net.read(prompts, [40, 3, 17, 26, 1], cache)]
+        states += [net.read(torch.full((5, 1), 3 + i), [1] * 5, cache) for i in range(9)]
+        row = cache.rows(2, 3)                                 # one row alone, in chunks, from the beginning
+        row.lengths = [0]
+        for begin, end in ((0, 30), (30, 31), (31, 40)):
+            states += net.read(prompts[:1, begin:end], [end - begin], row, each=True)
+        states.append(net.read(prompts[1:2, :3], [3], row))
+        return torch.cat(states), cache
+    fused, (states, slow) = net.fused, read([])
+    found, cache = read(fused)
+    assert (found - states).float().norm() < rtol * states.float().norm()
+    assert cache.lengths == slow.lengths == [49, 12, 26, 35, 10]
+    for row, n in enumerate(cache.lengths):
+        ours, theirs = (c.layers[-1]["k"][row, :, :n].float() for c in (cache, slow))
+        assert (ours - theirs).norm() < rtol * theirs.norm()
+
+
+def test_without_a_compiler_steps_are_torchs(monkeypatch):
+    for compiler in (None, "/bin/false"):
+        common.step_kernels.cache_clear()
+        monkeypatch.setattr(common.shutil, "which", lambda name, compiler=compiler: compiler)
+        net = common.for_inference(tiny_lm().float(), torch.float32)
+        assert net.fused == [] and list(common.generate(net, [[1, 4]], 3, temperature=0, eos=-1))
+    common.step_kernels.cache_clear()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_weights_multiply_like_unpacked_ones(dtype):
     weight = torch.randn(96, 64).to(dtype)
