@@ -40,10 +40,10 @@ BASE_DTYPE = "float32"  # of the frozen matrices; "bfloat16" halves their memory
 MERGE = True          # write OUT/best.pt, too, the adapter merged
 
 # Optimization
-STEPS = 60            # updates
+STEPS = 100           # updates
 BATCH = 4             # rows per update, over all processes
 MICRO_BATCH = 4       # rows per forward and process
-LR = 2e-3             # peak of AdamW
+LR = 5e-4             # peak of AdamW; more learns sooner and forgets more
 WEIGHT_DECAY = 0.0    # of matrices, times the learning rate
 WARMUP = 5            # updates
 SCHEDULE = "cosine"   # or "wsd": warm-up, stable, linear decay over the last 30%
