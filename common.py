@@ -897,8 +897,20 @@ class Record:
             except ImportError:
                 raise BadInput(f"WANDB={wandb} needs: pip install wandb") from None
             state.setdefault("wandb", os.urandom(4).hex())
-            self.mirror = client.init(mode=wandb, project="nanosparse", dir=str(out), id=state["wandb"],
-                                      name=Path(out).name, resume="allow", config=constants)
+            for attempt in range(5):                # the service of a killed run may hold its id for ever
+                try:
+                    self.mirror = client.init(mode=wandb, project="nanosparse", dir=str(out),
+                                              id=state["wandb"], name=Path(out).name, resume="allow",
+                                              config=constants)
+                    break
+                except Exception as error:
+                    if "in use" not in str(error) or attempt == 4:
+                        raise BadInput(f"WANDB={wandb} could not begin ({_first_line(error)}); mend it, or "
+                                       "go on with WANDB=disabled") from None
+                    time.sleep(1)
+                    if attempt == 2:
+                        print(f"wandb still holds run {state['wandb']}: mirrored as another one from here on")
+                        state["wandb"] = os.urandom(4).hex()
 
     def log(self, step: int, **values: float) -> None:
         """Write a line of metrics and show it: `step` counts finished updates; what is not finite becomes

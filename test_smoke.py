@@ -3518,6 +3518,23 @@ def test_torchrun_restarts_a_job_that_lost_a_process_by_itself(two_ranks, tmp_pa
     assert not bench.difference(whole, tmp_path / "run")
 
 
+def test_a_mirror_still_held_by_a_killed_run_is_waited_for(train, tmp_path, monkeypatch):
+    wandb, asked = pytest.importorskip("wandb"), []
+    real = wandb.init
+
+    def init(**words):
+        asked.append(words["id"])
+        if len(asked) < 4:
+            raise RuntimeError(f"run ID {words['id']} is in use")
+        return real(**words)
+    monkeypatch.setattr(wandb, "init", init)
+    train(WANDB="offline", STEPS=2, OUT=str(tmp_path / "run"))
+    assert len(asked) == 4 and len(set(asked[:3])) == 1 and asked[3] != asked[0]    # waited, then another name
+    monkeypatch.setattr(wandb, "init", lambda **words: 1 / 0)
+    with pytest.raises(common.BadInput, match="WANDB=offline could not begin .*division by zero"):
+        train(WANDB="offline", STEPS=2, OUT=str(tmp_path / "other"))
+
+
 def test_a_restart_after_the_end_does_not_train_again(train, tmp_path, monkeypatch, capsys):
     train()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
@@ -3728,7 +3745,7 @@ def test_shards_cut_at_any_kilobyte_or_empty_are_named(train_muons, muons, tmp_p
             train_muon_dsa.read_shard(tmp_path / "cut.pt")
     for wrong, message in (({"x_data": x[:0], "y_data": y[:0].flatten(1)}, "no event"),
                            ({"x_data": x, "y_data": y.flatten(1) * math.nan}, "off the sphere|not finite"),
-                           ({"x_data": x, "y_data": y.flatten(1).int()}, "off the sphere")):
+                           ({"x_data": x, "y_data": y.flatten(1).int()}, "y_data is torch.int32")):
         torch.save(wrong, tmp_path / "cut.pt")
         with pytest.raises(common.BadInput, match=message):
             train_muon_dsa.read_shard(tmp_path / "cut.pt")
