@@ -11,6 +11,7 @@ and ours and the fastest of REPEAT is kept: these are shared machines.
 
 import concurrent.futures
 import contextlib
+import copy
 import datetime
 import functools
 import importlib
@@ -399,7 +400,14 @@ def generate():
     ours = our_model(compile=False)
     for p in ours.parameters():  # the zeros of a fresh model would be cheap
         nn.init.normal_(p, std=0.02)
+    small = common.for_inference(copy.deepcopy(ours), run.dtype, int8=True)
     fast = common.for_inference(ours, run.dtype)
+    fused = fast.fused
+
+    def slow_steps(batch):
+        fast.fused = []
+        our_way(fast, batch, 128)
+        fast.fused = fused
 
     def growing(batch, new):
         with torch.inference_mode():
@@ -435,6 +443,14 @@ def generate():
             )
         )
     rows.append(row("batch 8 against batch 1, both ours", alone, rate, "tokens/s"))
+    for batch in (1, 8):
+        base, mine, rounded = fastest(REPEAT, lambda b=batch: slow_steps(b),
+                                      lambda b=batch: our_way(fast, b, new),
+                                      lambda b=batch: our_way(small, b, new))
+        rows.append(row(f"batch {batch}, fused against torch's steps", batch * new / base, batch * new / mine,
+                        "tokens/s"))
+        rows.append(row(f"batch {batch}, weights of 8 bits", batch * new / mine, batch * new / rounded,
+                        "tokens/s"))
     common.stop(run)
     return rows
 
@@ -458,19 +474,21 @@ def serve_():
         torch.save({**common.weights_of(ours), "step": 0}, place / "best.pt")
         (place / "tokenizer.json").write_bytes((text_folder() / "tokenizer.json").read_bytes())
         over_http = http_rates(place, run.dtype, (1, 8))
+    small = common.for_inference(copy.deepcopy(ours), run.dtype, int8=True)
     fast = common.for_inference(ours, run.dtype)
     weights = sum(p.numel() * p.element_size() for p in fast.parameters())
     codec = serve.Codec(None)
     codec.table = [b"x"] * 6400
     ended = queue.Queue()
-    engine = serve.Engine(fast, codec, 16, 2560, serve.CHUNK, 0, True, 64, 1e9, lambda pieces: [
+    engine, rounded = (serve.Engine(model, codec, 16, 2560, serve.CHUNK, 0, exact, 64, 1e9, lambda pieces: [
         ended.put((job, time.perf_counter())) for job, piece in pieces if piece.finish])
+        for model, exact in ((fast, True), (small, False)))
 
     def job(length, new):
         ids = torch.randint(3, 6400, (length,)).tolist()
         return serve.Job(ids, new, common.TextStream(codec.table), temperature=0.0)
 
-    def streams(count):
+    def streams(count, engine=engine):
         engine.submit([job(64, 128) for _ in range(count)])
         for _ in range(count):
             ended.get()
@@ -479,10 +497,13 @@ def serve_():
         ids = torch.randint(3, 6400, (1, 64))
         theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=128, min_new_tokens=128,
                         do_sample=False)
-    base, one, eight, sixteen = fastest(REPEAT, as_shipped(generated), lambda: streams(1), lambda: streams(8),
-                                        lambda: streams(16))
+    base, one, eight, sixteen, bits = fastest(REPEAT, as_shipped(generated), lambda: streams(1),
+                                              lambda: streams(8), lambda: streams(16),
+                                              lambda: streams(1, rounded))
     rows.append(row("one stream, against generate of transformers, float32", 128 / base, 128 / one,
                     "tokens/s", share_of_bandwidth=weights * 128 / one / 1e9 / bandwidth))
+    rows.append(row("one stream, weights of 8 bits, against generate of transformers, float32", 128 / base,
+                    128 / bits, "tokens/s"))
     rows.append(row("8 streams against one", 128 / one, 8 * 128 / eight, "tokens/s"))
     rows.append(row("16 streams against one", 128 / one, 16 * 128 / sixteen, "tokens/s"))
 
@@ -511,8 +532,9 @@ def serve_():
         rate = count * 128 / alone
         rows.append(row(f"{count} streams over HTTP, against the engine alone", rate, over_http[count],
                         "tokens/s", overhead=rate / over_http[count] - 1))
-    engine.close()
-    engine.thread.join()
+    for each in (engine, rounded):
+        each.close()
+        each.thread.join()
     common.stop(run)
     return rows
 

@@ -38,7 +38,7 @@ import common
 # Model
 CHECKPOINT = ""           # a folder or file, ours or of Hugging Face; "" = the newest in out/
 ADAPTER = ""              # folder of a LoRA adapter in PEFT layout, trained on CHECKPOINT
-DTYPE = "auto"            # bfloat16 where the device has it and it is faster, else float32
+DTYPE = "auto"            # bfloat16 where the device has it and it is faster, else float32; int8: README
 YARN = 1.0                # stretches the context by this factor (YaRN)
 
 # Input
@@ -118,7 +118,9 @@ def load():
     model = common.build(found, **changes)
     if ADAPTER:
         model = common.merge_lora(common.load_adapter(model, ADAPTER))
-    model = common.for_inference(model.to(device), common.pick_dtype(DTYPE, device))
+    int8 = DTYPE == "int8"
+    dtype = common.pick_dtype("auto" if int8 else DTYPE, device)
+    model = common.for_inference(model.to(device), dtype, int8)
     of_bytes = model.head_weight.shape[0] == 256 and not (path.parent / "tokenizer.json").exists()
     return model, None if of_bytes else common.load_tokenizer(path.parent / "tokenizer.json"), path
 
@@ -1012,7 +1014,7 @@ class Server:
         self.codec.table += [b""] * (self.vocab_size - len(self.codec.table))
         self.longest = max(map(len, self.codec.table))
         self.name = path.parent.name + (f"+{Path(ADAPTER).name}" if ADAPTER else "")
-        dtype = str(model.head_weight.dtype)[6:]
+        dtype = str(model.head_weight.dtype)[6:] + " int8" * (DTYPE == "int8")
         about = f"{path.stat().st_size} {path.stat().st_mtime} {ADAPTER} {YARN} {dtype} {torch.__version__}"
         self.fingerprint = "fp_" + hashlib.sha256(about.encode()).hexdigest()[:12]
         self.created, self.path = int(path.stat().st_mtime), path
@@ -1346,7 +1348,7 @@ def serve():
     except OSError as error:
         raise common.BadInput(f"HOST={HOST} PORT={PORT} cannot be served ({error.strerror}); choose another "
                               "PORT") from None
-    run = common.start(0, DTYPE)                               # its choice of float32 products and threads
+    run = common.start(0, "auto" if DTYPE == "int8" else DTYPE)  # its choice of float32 products and threads
     common.stop(run)
     server = Server()
 

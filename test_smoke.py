@@ -863,6 +863,20 @@ def test_packed_weights_multiply_like_unpacked_ones(dtype):
         close(common.fixed_linear(weight)(x), F.linear(x, weight), 1e-2 if dtype == torch.bfloat16 else 1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_8_bits_are_rounded_and_multiply_alike_for_few_and_many_rows(dtype):
+    weight, x = torch.randn(96, 64).to(dtype), torch.randn(2, 3, 64).to(dtype)
+    weight[5] = 0
+    product = common.fixed_linear(weight, int8=True)
+    few, many = torch.cat([product(x[:1]), product(x[1:])]), product(x)
+    exact = F.linear(x, weight).float()
+    assert (few - many).float().norm() < 0.01 * exact.norm()
+    assert 1e-4 * exact.norm() < (few - exact).norm() < 0.02 * exact.norm()
+    near = common.for_inference(tiny_lm().float(), dtype, int8=True)
+    steps = list(common.generate(near, [[1, 4]], 20, temperature=0, eos=-1))
+    assert steps == list(common.generate(near, [[1, 4]], 20, temperature=0, eos=-1)) and len(steps) == 20
+
+
 def test_sampling_follows_its_settings():
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
     generators = [torch.Generator().manual_seed(0)]
@@ -1593,6 +1607,9 @@ def test_serve_completes_a_prompt_or_standard_input(trained):
         [sys.executable, *arguments], input="the cat\n", capture_output=True, text=True, cwd=ROOT
     )
     assert piped.stdout == outputs[0] and "seed 3" in piped.stderr
+    rounded = [finish(launch(*arguments, "PROMPT=the cat", "DTYPE=int8", stderr=subprocess.DEVNULL))
+               for _ in range(2)]
+    assert rounded[0] == rounded[1] and rounded[0].startswith("the cat") and len(rounded[0]) > 20
 
 
 def test_serve_answers_a_file_in_order(trained, tmp_path, monkeypatch):
@@ -3529,7 +3546,7 @@ def test_a_mirror_still_held_by_a_killed_run_is_waited_for(train, tmp_path, monk
         return real(**words)
     monkeypatch.setattr(wandb, "init", init)
     train(WANDB="offline", STEPS=2, OUT=str(tmp_path / "run"))
-    assert len(asked) == 4 and len(set(asked[:3])) == 1 and asked[3] != asked[0]    # waited, then another name
+    assert len(asked) == 4 and len(set(asked[:3])) == 1 and asked[3] != asked[0]  # waited, then another
     monkeypatch.setattr(wandb, "init", lambda **words: 1 / 0)
     with pytest.raises(common.BadInput, match="WANDB=offline could not begin .*division by zero"):
         train(WANDB="offline", STEPS=2, OUT=str(tmp_path / "other"))
@@ -4286,6 +4303,15 @@ def test_models_without_slots_are_served_one_at_a_time(tokens, tmp_path, changes
         pieces = client.chat.completions.create(model=name, messages=HELLO, stream=True, max_tokens=5)
         assert [p.choices[0].finish_reason for p in pieces][-1] == "length"
         assert idle(address)
+
+
+def test_weights_of_8_bits_are_served(tokens, tmp_path):
+    import openai
+    folder = serving_folder(tmp_path / "small", tokens)
+    with server_process(folder, DTYPE="int8", EXACT=False) as (address, _):
+        client = openai.OpenAI(base_url=address + "/v1", api_key="none", max_retries=0, timeout=60)
+        answer = client.completions.create(model="small", prompt="the cat", max_tokens=12, n=6)
+        assert len(answer.choices) == 6 and idle(address)
 
 
 def test_an_exported_folder_is_served(tokens, tmp_path, monkeypatch):
