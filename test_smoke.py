@@ -4452,7 +4452,14 @@ def test_the_page_talks_in_a_real_browser(browser, tmp_path):
     browser.run(f"[...{last}.querySelectorAll('button')].find(b => b.textContent === 'Regenerate').click()")
     browser.until("!running && current.turns.length === 2 && current.turns[1].note")
     assert browser.run("current.turns[1].content") == first                # the seed is the same
-    browser.run("settings = {max_tokens: 420}")
+    browser.run("""window.quick = fetch; window.fetch = async (...words) => {    // 30 ms an event
+        const found = await quick(...words), text = new TextDecoder(), bytes = new TextEncoder();
+        return new Response(found.body.pipeThrough(new TransformStream({async transform(part, out) {
+            for (const event of text.decode(part, {stream: true}).split(/(?<=\\n\\n)/)) {
+                await new Promise(done => setTimeout(done, 30));
+                out.enqueue(bytes.encode(event));
+            }}})), {status: found.status, headers: found.headers}); };
+        settings = {max_tokens: 420, seed: 1}""")
     browser.say("another")
     browser.until("running && current.turns[3]?.content.length > 10")
     assert browser.run("document.getElementById('send').textContent") == "Stop"
