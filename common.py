@@ -3492,6 +3492,14 @@ PAD, BOS, EOS = 0, 1, 2
 SPECIAL = ["<pad>", "<s>", "</s>"]
 
 
+def copy_tokenizer(source: str | Path, out: str | Path) -> None:
+    """Copy a tokenizer's files from one folder into another, as far as they are there."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        path = Path(source) / name
+        if path.exists() and path.resolve() != (Path(out) / name).resolve():
+            shutil.copy(path, out)
+
+
 def load_tokenizer(path: str | Path):
     """A `tokenizers.Tokenizer` whose ids 0, 1, 2 are <pad>, <s>, </s>; these strings in a text stay text."""
     from tokenizers import Tokenizer

@@ -11,7 +11,6 @@ model have no exact standard class and are refused.
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 import torch
@@ -106,9 +105,7 @@ def export():
         text = json.dumps(value, indent=1).encode()
         common.write_whole(out / name, lambda file, text=text: file.write(text))
     common.write_whole(out / "model.safetensors", lambda file: file.write(save(state, {"format": "pt"})))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (path.parent / name).exists() and (path.parent / name).resolve() != (out / name).resolve():
-            shutil.copy(path.parent / name, out)
+    common.copy_tokenizer(path.parent, out)
     if (out / "tokenizer_config.json").exists():
         about = json.loads((out / "tokenizer_config.json").read_text())
         about |= {
@@ -208,9 +205,7 @@ def read_back():
                               f"{found['sizes']['vocab_size']}")
     common.set_aside(out, "another checkpoint takes its place")
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (Path(IMPORT) / name).exists():
-            shutil.copy(Path(IMPORT) / name, out)
+    common.copy_tokenizer(IMPORT, out)
     found["metrics"] = {"loss": math.nan}
     common.write_whole(out / "best.pt", lambda file: torch.save(found, file))
     size = sum(v.numel() for v in found["model"].values())

@@ -11,9 +11,7 @@ and student share the tokenizer; the teacher is only read. No logits of a whole 
     python train_distill.py EVAL=unseen.jsonl.gz OUT=out/small     nats per answer token, exact matches
 """
 
-import json
 import math
-import shutil
 from pathlib import Path
 
 import torch
@@ -149,17 +147,7 @@ def score():
     """EVAL: nats per answer token and exact matches of the best checkpoint in OUT on unseen conversations."""
     run = common.start(SEED, DTYPE)
     model = common.build(common.load(common.newest_checkpoint(OUT))).to(run.device)
-    tokenizer = Path(OUT) / "tokenizer.json"
-    folder = prepare_chats.folder_of(run, EVAL, tokenizer, model.sizes["seq_len"], 1.0)
-    found = common.answer_nats(run, model, prepare_chats.Chats(folder, "valid", model.sizes["seq_len"]),
-                               MICRO_BATCH)
-    asked = prepare_chats.conversations_of(EVAL, EXACT_ROWS)
-    found |= common.exact_match(run, model, common.load_tokenizer(tokenizer), asked, EXACT_TOKENS)
-    found["bad_rows"] = json.loads((folder / "meta.json").read_text())["bad_rows"]
-    common.write_result(run, OUT, found)
-    run.say(f"{EVAL}: " + common.line_of(None, found))
-    common.stop(run)
-    return found
+    return prepare_chats.score(run, model, EVAL, OUT, EXACT_ROWS, EXACT_TOKENS, MICRO_BATCH)
 
 
 def main():
@@ -194,19 +182,13 @@ def main():
 
     path = DATA
     if not path:
-        if run.local_rank == 0:
-            run.say("DATA is empty: asking about Python's own documentation; for your conversations: "
-                    "DATA=chats.jsonl.gz (data/README.md)")
-            prepare_python_docs.main()
-        run.wait()
-        path = Path(__file__).parent / "data" / "python_docs" / "sft.jsonl"
-    folder = prepare_chats.folder_of(
-        run, path, home / "tokenizer.json", seq_len, 0.0 if VALID else VALID_SHARE
+        path = prepare_python_docs.default(
+            run, "sft.jsonl", "asking about Python's own documentation; "
+            "for your conversations: DATA=chats.jsonl.gz"
+        )
+    train, valid = prepare_chats.training_sets(
+        run, path, VALID, VALID_SHARE, home / "tokenizer.json", seq_len, SEED
     )
-    held = prepare_chats.folder_of(run, VALID, home / "tokenizer.json", seq_len, 1.0) if VALID else folder
-    meta, held_meta = (json.loads((f / "meta.json").read_text()) for f in (folder, held))
-    train = prepare_chats.Chats(folder, "train", seq_len, SEED)
-    valid = prepare_chats.Chats(held, "valid", seq_len)
     model = (
         common.build(init, seq_len=seq_len, dropout=DROPOUT)
         if init
@@ -215,20 +197,19 @@ def main():
     model = model.to(run.device)
     optimizers = common.make_optimizers(model, OPTIMIZER, LR, MUON_LR, WEIGHT_DECAY)
     constants = common.literals(globals())
-    fingerprint = f"{meta['fingerprint']} {held_meta['fingerprint']}"
+    fingerprint = f"{train.meta['fingerprint']} {valid.meta['fingerprint']}"
     fingerprint += " " + prepare_text.hash_file(common.newest_checkpoint(TEACHER))
     found = common.resume(run, OUT, constants, RESUME, fingerprint)
     state = found["state"] if found else {"fingerprint": fingerprint, "best": math.inf, "since": 0, "bad": 0}
     first = common.restore(run, found, model, optimizers) if found else 0
     if run.first and not found:
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            if (home / name).exists():
-                shutil.copy(home / name, OUT)
+        common.copy_tokenizer(home, OUT)
     net = run.wrap(Student(model))
     record = common.Record(run, OUT, STEPS, first, WANDB, constants, state)
+    about = train.meta["train"]
     record.show(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters from {home}; "
-        f"{meta['train']['conversations']:,} conversations, {meta['train']['supervised']:,} supervised "
+        f"{about['conversations']:,} conversations, {about['supervised']:,} supervised "
         f"tokens in {train.count} rows; {run.world} × {run.device} {str(run.dtype)[6:]}; {OUT}"
     )
 
@@ -283,7 +264,7 @@ def main():
     judged = common.build(best).to(run.device)
     metrics = common.answer_nats(run, judged, valid, MICRO_BATCH)
     if EXACT_ROWS:
-        asked = prepare_chats.conversations_of(held / "valid.jsonl", EXACT_ROWS)
+        asked = prepare_chats.conversations_of(valid.folder / "valid.jsonl", EXACT_ROWS)
         metrics |= common.exact_match(run, judged, tokenizer, asked, EXACT_TOKENS)
     record.log(step, **metrics, final=True)
     common.export_weights(run, OUT, best)

@@ -11,7 +11,6 @@ the model that it starts from; that model's log-probabilities are computed once,
 import hashlib
 import json
 import math
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -174,7 +173,7 @@ def references(run, model, pairs, seq_len, key):
         path.parent.mkdir(parents=True, exist_ok=True)
         common.write_whole(path, lambda file: np.save(file, found))
         model.train()
-    run.wait()
+    run.wait(patiently=True)
     return torch.from_numpy(np.load(path)).to(torch.float32).to(run.device)
 
 
@@ -242,14 +241,10 @@ def main():
                               f"{tokenizer.get_vocab_size()}")
     seq_len, path = SEQ_LEN or init["sizes"]["seq_len"], DATA
     if not path:
-        if run.local_rank == 0:
-            run.say(
-                "DATA is empty: answers about Python's own documentation, right and spoilt; for your pairs: "
-                "DATA=pairs.jsonl.gz (data/README.md)"
-            )
-            prepare_python_docs.main()
-        run.wait()
-        path = Path(__file__).parent / "data" / "python_docs" / "dpo.jsonl"
+        path = prepare_python_docs.default(
+            run, "dpo.jsonl", "answers about Python's own documentation, right and spoilt; "
+            "for your pairs: DATA=pairs.jsonl.gz"
+        )
     pairs = Pairs(path, tokenizer, seq_len + 1)
     train, valid = pairs.split(VALID_SHARE)
     if len(train) < BATCH or not len(valid):
@@ -274,9 +269,7 @@ def main():
     state = found["state"] if found else {"fingerprint": fingerprint, "best": math.inf, "since": 0, "bad": 0}
     first = common.restore(run, found, model, optimizers) if found else 0
     if run.first and not found:
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            if (home / name).exists():
-                shutil.copy(home / name, OUT)
+        common.copy_tokenizer(home, OUT)
     net = run.wrap(model)
     record = common.Record(run, OUT, STEPS, first, WANDB, constants, state)
     record.show(

@@ -12,7 +12,6 @@ forgotten is measured on a general set before and after.
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 import torch
@@ -75,17 +74,7 @@ def score():
         )
     base = json.loads((Path(OUT) / "adapter_config.json").read_text())["base_model_name_or_path"]
     model = common.load_adapter(common.build(common.load(common.newest_checkpoint(base))), OUT).to(run.device)
-    tokenizer = Path(OUT) / "tokenizer.json"
-    folder = prepare_chats.folder_of(run, EVAL, tokenizer, model.sizes["seq_len"], 1.0)
-    found = common.answer_nats(run, model, prepare_chats.Chats(folder, "valid", model.sizes["seq_len"]),
-                               MICRO_BATCH)
-    asked = prepare_chats.conversations_of(EVAL, EXACT_ROWS)
-    found |= common.exact_match(run, model, common.load_tokenizer(tokenizer), asked, EXACT_TOKENS)
-    found["bad_rows"] = json.loads((folder / "meta.json").read_text())["bad_rows"]
-    common.write_result(run, OUT, found)
-    run.say(f"{EVAL}: " + common.line_of(None, found))
-    common.stop(run)
-    return found
+    return prepare_chats.score(run, model, EVAL, OUT, EXACT_ROWS, EXACT_TOKENS, MICRO_BATCH)
 
 
 def main():
@@ -125,19 +114,13 @@ def main():
 
     path = DATA
     if not path:
-        if run.local_rank == 0:
-            run.say("DATA is empty: teaching the model who it is; for your conversations: "
-                    "DATA=chats.jsonl.gz (data/README.md)")
-            prepare_python_docs.main()
-        run.wait()
-        path = Path(__file__).parent / "data" / "python_docs" / "lora.jsonl"
-    folder = prepare_chats.folder_of(
-        run, path, home / "tokenizer.json", seq_len, 0.0 if VALID else VALID_SHARE
+        path = prepare_python_docs.default(
+            run, "lora.jsonl", "teaching the model who it is; "
+            "for your conversations: DATA=chats.jsonl.gz"
+        )
+    train, valid = prepare_chats.training_sets(
+        run, path, VALID, VALID_SHARE, home / "tokenizer.json", seq_len, SEED
     )
-    held = prepare_chats.folder_of(run, VALID, home / "tokenizer.json", seq_len, 1.0) if VALID else folder
-    meta, held_meta = (json.loads((f / "meta.json").read_text()) for f in (folder, held))
-    train = prepare_chats.Chats(folder, "train", seq_len, SEED)
-    valid = prepare_chats.Chats(held, "valid", seq_len)
     general = GENERAL or ("" if DATA else str(Path(__file__).parent / "data" / "python_docs" / "sft.jsonl"))
     if general:
         general = prepare_chats.folder_of(run, general, home / "tokenizer.json", seq_len, 0.02)
@@ -152,22 +135,21 @@ def main():
     model = model.to(run.device)
     optimizers = common.make_optimizers(model, "adamw", LR, LR, WEIGHT_DECAY)
     constants = common.literals(globals())
-    fingerprint = f"{meta['fingerprint']} {held_meta['fingerprint']}"
+    fingerprint = f"{train.meta['fingerprint']} {valid.meta['fingerprint']}"
     fingerprint += " " + prepare_text.hash_file(common.newest_checkpoint(INIT))
     found = common.resume(run, OUT, constants, RESUME, fingerprint)
     state = found["state"] if found else {"fingerprint": fingerprint, "best": math.inf, "since": 0, "bad": 0}
     first = common.restore(run, found, model, optimizers) if found else 0
     if run.first and not found:
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            if (home / name).exists():
-                shutil.copy(home / name, OUT)
+        common.copy_tokenizer(home, OUT)
     net = run.wrap(model)
     record = common.Record(run, OUT, STEPS, first, WANDB, constants, state)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in model.parameters()) - trained
+    about = train.meta["train"]
     record.show(
         f"{trained:,} of {whole:,} parameters ({trained / whole:.1%}) in {len(names)} layers of {home}; "
-        f"{meta['train']['conversations']:,} conversations, {meta['train']['supervised']:,} supervised "
+        f"{about['conversations']:,} conversations, {about['supervised']:,} supervised "
         f"tokens in {train.count} rows; {run.world} × {run.device} {str(run.dtype)[6:]}; {OUT}"
     )
 
@@ -229,7 +211,7 @@ def main():
             found = common.answer_nats(run, which, chats, MICRO_BATCH)
             metrics[f"{name}{when}nats_per_answer_token"] = found["nats_per_answer_token"]
     if EXACT_ROWS:
-        asked = prepare_chats.conversations_of(held / "valid.jsonl", EXACT_ROWS)
+        asked = prepare_chats.conversations_of(valid.folder / "valid.jsonl", EXACT_ROWS)
         metrics |= common.exact_match(run, judged, tokenizer, asked, EXACT_TOKENS)
     metrics |= {"trained_parameters": trained, "parameters": whole}
     record.log(step, **metrics, final=True)

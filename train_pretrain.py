@@ -13,7 +13,6 @@ neighbour.
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -241,12 +240,9 @@ def main():
     if INIT:
         options["tokenizer"] = Path(common.newest_checkpoint(INIT)).parent / "tokenizer.json"
     if not path:
-        if run.local_rank == 0:
-            run.say("DATA is empty: using Python's own documentation; for your text: DATA=my.jsonl.gz "
-                    "(data/README.md)")
-            prepare_python_docs.main()
-        run.wait()
-        path = Path(__file__).parent / "data" / "python_docs" / "pretrain.jsonl"
+        path = prepare_python_docs.default(
+            run, "pretrain.jsonl", "using Python's own documentation; for your text: DATA=my.jsonl.gz"
+        )
     folder = text_files(run, path, **options)
     meta = json.loads((folder / "meta.json").read_text())
     held = text_files(run, VALID, tokenizer=folder / "tokenizer.json", share=1.0) if VALID else folder
@@ -269,9 +265,7 @@ def main():
     state = found["state"] if found else {"fingerprint": fingerprint, "best": math.inf, "since": 0, "bad": 0}
     first = common.restore(run, found, model, optimizers) if found else 0
     if run.first and not found:
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            if (folder / name).exists():
-                shutil.copy(folder / name, OUT)
+        common.copy_tokenizer(folder, OUT)
     record = common.Record(run, OUT, STEPS, first, WANDB, constants, state)
     parameters = sum(p.numel() for p in model.parameters())
     record.show(f"{parameters / 1e6:.1f}M parameters, {meta['train']['tokens'] / 1e6:.2f}M tokens in "

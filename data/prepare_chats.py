@@ -168,6 +168,27 @@ def folder_of(run, path, tokenizer, seq_len, share):
     return folder or prepare(path, tokenizer, seq_len, share)
 
 
+def training_sets(run, path, valid, share, tokenizer, seq_len, seed):
+    """(Chats to train on, Chats held out): of two files, or of one where `valid` is empty."""
+    folder = folder_of(run, path, tokenizer, seq_len, 0.0 if valid else share)
+    held = folder_of(run, valid, tokenizer, seq_len, 1.0) if valid else folder
+    return Chats(folder, "train", seq_len, seed), Chats(held, "valid", seq_len)
+
+
+def score(run, model, path, out, exact_rows, exact_tokens, micro_batch):
+    """Nats per answer token and exact matches on the conversations of a file, into OUT/eval.json."""
+    tokenizer, seq_len = Path(out) / "tokenizer.json", model.sizes["seq_len"]
+    chats = Chats(folder_of(run, path, tokenizer, seq_len, 1.0), "valid", seq_len)
+    found = common.answer_nats(run, model, chats, micro_batch)
+    asked = conversations_of(path, exact_rows)
+    found |= common.exact_match(run, model, common.load_tokenizer(tokenizer), asked, exact_tokens)
+    found["bad_rows"] = chats.meta["bad_rows"]
+    common.write_result(run, out, found)
+    run.say(f"{path}: " + common.line_of(None, found))
+    common.stop(run)
+    return found
+
+
 def conversations_of(path, limit=0):
     """The first conversations (lists of turns; 0 = all) of a file, as far as they are whole."""
     found = []
@@ -185,6 +206,7 @@ class Chats:
     """The conversations of a folder's split, packed whole into rows of seq_len tokens."""
 
     def __init__(self, folder, split, seq_len, seed=0):
+        self.folder, self.meta = folder, json.loads((folder / "meta.json").read_text())
         self.tokens = prepare_text.mapped(folder, f"{split}.bin")
         self.mask = prepare_text.mapped(folder, f"{split}.mask.bin", np.uint8)
         self.bounds = prepare_text.bounds_of(folder, split, self.tokens, self.mask)
