@@ -2165,7 +2165,7 @@ def test_copied_dosages_are_read_between_the_typed_sites(people):
     torch.manual_seed(0)
     cm = np.array([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     typed, sites = np.array([1, 4]), np.array([0, 2, 3, 5, 6])
-    reference, minor = torch.randint(0, 2, (2, 6), dtype=torch.int8), torch.randint(0, 2, (5, 6)).float()
+    reference, minor = torch.randint(0, 2, (2, 6), dtype=torch.int8), torch.randint(0, 2, (5, 6)).bool()
     query = torch.randint(0, 2, (2, 3), dtype=torch.int8)
     found = train_rag_bert.copied(query, typed, reference, minor, cm, sites, (300.0,), 0.01)
     twin = train_rag_bert.copy_twin(query, reference, torch.tensor([0, 0.3 / 100]), 300.0, 0.01)
@@ -2219,13 +2219,37 @@ def test_pieces_of_a_chain_agree_at_their_seams(people, train_people, monkeypatc
     assert not cut.isnan().any() and (cut - whole).abs().mean() < 0.01
     where, weights = np.flatnonzero(typed), []
     for part, sites, weight in train_rag_bert.chains(panel, typed, np.arange(len(panel))):
-        assert set(part) <= set(where) and (np.diff(weight) >= 0).all()
-        weights.append((sites[0], sites[-1], weight))
-    assert weights[0][0] == 0 and weights[-1][1] == len(panel) - 1
-    assert weights[1][2][0] == 0 and weights[1][2][-1] == 1                # from the old piece to the new
+        assert set(part) <= set(where) and len(sites) == len(weight)
+        weights.append(np.zeros(len(panel)))
+        weights[-1][sites] = weight
+    assert len(weights) == 3 and np.allclose(sum(weights), 1)
+    assert all(weights[i][0] == (i == 0) and weights[i][-1] == (i == 2) for i in range(3))
+    rise = np.diff(weights[1])                                             # from the old piece to the new
+    assert rise.max() > 0 > rise.min() and (np.diff(np.sign(rise[rise != 0])) != 0).sum() == 1
     windows = panel.windows
     assert (windows[1:, 0] < windows[:-1, 1]).all()
     assert torch.equal(train_rag_bert.dosages(run, model, examples, typed, windows), cut)
+
+
+def test_overlapping_parts_are_joined_as_soon_as_they_are_settled():
+    rng = np.random.default_rng(0)
+    parts, total, weight = [], np.zeros((50, 3)), np.zeros((50, 1))
+    for first, end in ((0, 12), (8, 20), (15, 30), (16, 31), (31, 50)):
+        sites = np.arange(first, end)[rng.random(end - first) < 0.8]
+        values, w = rng.random((len(sites), 3)), rng.random((len(sites), 1)) + 0.1
+        total[sites] += values * w
+        weight[sites] += w
+        parts.append((sites, torch.from_numpy(values).float(), torch.from_numpy(w).float()))
+    blocks = list(train_rag_bert.blend(parts))
+    sites = np.concatenate([b[0] for b in blocks])
+    assert np.array_equal(sites, np.flatnonzero(weight)) and len(blocks) == 5      # in order, each once
+    mean = torch.from_numpy(total / np.maximum(weight, 1e-9))
+    close(torch.cat([b[1] for b in blocks]).double(), mean[sites], 1e-6)
+    window = train_rag_bert.Rolling(iter(blocks))
+    for first, end in ((0, 5), (2, 9), (9, 30), (20, len(sites))):
+        wanted = sites[first:end]
+        assert torch.equal(window.rows(wanted), torch.cat([b[1] for b in blocks])[first:end])
+        assert window.held[0] == wanted[0]                                         # the rest is forgotten
 
 
 def test_nearest_segments_are_the_same_by_faiss_and_by_torch_and_never_ones_own(

@@ -137,8 +137,8 @@ class Panel:
         return len(self.maf)
 
     def minor(self, rows, columns=slice(None)):
-        """Float32 (rows, columns): 1 where the allele is the one that is rarer in the panel."""
-        return (self.alleles[rows][:, columns] != self.flip[rows, None]).float()
+        """(rows, columns) bool: where the allele is the one that is rarer in the panel."""
+        return self.alleles[rows][:, columns] != self.flip[rows, None]
 
 
 def hash_share(text):
@@ -314,8 +314,8 @@ def log_odds(p, least=2e-4):
 
 def copied(query, typed, reference, minor, cm, sites, rates, error, keep=None):
     """Copied for haplotypes query (M, Q), -1 unknown, known at rows `typed` (M,) of a panel whose alleles
-    there are reference (M, S), at rows `sites` (V,), where its minor alleles are minor (V, S). `keep` (Q, S)
-    says whom each may copy. cm: genetic positions of all rows."""
+    there are reference (M, S), at rows `sites` (V,), where its minor alleles are minor (V, S) bool. `keep`
+    (Q, S) says whom each may copy. cm: genetic positions of all rows."""
     M, Q = query.shape
     V, R = len(sites), len(rates)
     at = torch.from_numpy(np.ascontiguousarray(cm[typed]))
@@ -339,18 +339,18 @@ def copied(query, typed, reference, minor, cm, sites, rates, error, keep=None):
             if first == end:
                 continue
             pair = torch.cat([now, now if ahead is None else ahead]).flatten(0, 1)
-            found = (minor[first:end] @ pair.T).view(end - first, 2, R, Q)
+            found = (minor[first:end].float() @ pair.T).view(end - first, 2, R, Q)
             w = share[first:end, None, None]
             x[:, first:end] = torch.lerp(found[:, 0], found[:, 1], w).transpose(0, 1)
             before[first:end], after[first:end] = found[:, 0, R // 2], found[:, 1, R // 2]
         later = now.clone()
-    count = minor.sum(1, keepdim=True).expand(V, Q) if keep is None else minor @ keep.T
+    count = minor.sum(1, keepdim=True).float().expand(V, Q) if keep is None else carriers(minor, keep)
     total = torch.full((Q,), float(minor.shape[1])) if keep is None else keep.sum(1)
     return Copied(
         x,
         before,
         after,
-        minor @ (whole / M).T,
+        carriers(minor, whole / M),
         sharp,
         torch.from_numpy(left),
         torch.from_numpy(right),
@@ -358,6 +358,11 @@ def copied(query, typed, reference, minor, cm, sites, rates, error, keep=None):
         count,
         total,
     )
+
+
+def carriers(minor, weight, block=4096):
+    """minor (V, S) bool @ weight (Q, S), transposed: (V, Q); no float copy of all of minor."""
+    return torch.cat([minor[i:i + block].float() @ weight.T for i in range(0, len(minor), block)])
 
 
 class CopyHead(nn.Module):
@@ -568,10 +573,12 @@ class Imputer(nn.Module):
                          if self.recompute and torch.is_grad_enabled() else self.encode(*part))
         return torch.cat(parts)
 
-    def forward(self, features=None, tokens=None, numbers=None, frequency=None, references=None, flip=None):
+    def forward(self, features=None, tokens=None, numbers=None, frequency=None, references=None, flip=None,
+                prior=None):
         """features (..., F) alone → log odds of the minor allele (...,). flip (T,): where that is REF. tokens
         (B, 2, T), numbers (B, T, 7), frequency (B, T, 2), references (B, 2, K, T) → a dict: `haplotype` (B,
-        2, T) log odds of ALT, `genotype` (B, T, 3) logits, `rebuilt` (B, 2, T)."""
+        2, T) log odds of ALT, `genotype` (B, T, 3) logits, `rebuilt` (B, 2, T). The copying head's word is
+        made from features, or is given: prior (B, 2, T), log odds of ALT."""
         if tokens is None:
             return self.copy(features)
         B, _, T = tokens.shape
@@ -584,9 +591,10 @@ class Imputer(nn.Module):
         logits = torch.stack([head(x[:, i])[..., 0] for i, head in enumerate(self.haplotype)], 1).float()
         if features is not None:
             copy = self.copy(features)
-            logits = logits + torch.where(flip, -copy, copy)
-        else:
-            logits = logits + log_odds(frequency[..., 0], 1e-3)[:, None]
+            prior = torch.where(flip, -copy, copy)
+        elif prior is None:
+            prior = log_odds(frequency[..., 0], 1e-3)[:, None]
+        logits = logits + prior
         p = frequency[..., :1].clamp(1e-3, 1 - 1e-3)
         expected = torch.cat([(1 - p) ** 2, 2 * p * (1 - p), p**2], -1).log()
         return {"haplotype": logits, "genotype": self.genotype(x.sum(1)).float() + expected,
@@ -703,16 +711,11 @@ class Examples:
         return made
 
 
-def copy_window(examples, copies, people, rows):
-    """The copying head's features (B, 2, T, F) at `rows` of a window."""
-    T, Q = len(rows), 2 * len(people)
+def copy_window(copies):
+    """The copying head's features (B, 2, T, F) at all of the T sites of the copies of B people."""
+    T, Q = copies.alike.shape
     v, q = torch.meshgrid(torch.arange(T), torch.arange(Q), indexing="ij")
-    return (
-        copies.features(v.flatten(), q.flatten())
-        .view(T, Q, -1)
-        .transpose(0, 1)
-        .reshape(len(people), 2, T, -1)
-    )
+    return copies.features(v.flatten(), q.flatten()).view(T, Q, -1).transpose(0, 1).unflatten(0, (-1, 2))
 
 
 def towards_alt(logits, flip):
@@ -721,59 +724,110 @@ def towards_alt(logits, flip):
 
 
 @torch.no_grad()
-def dosages(run, model, examples, typed, windows=None, progress=None, foreign=False):
-    """Float32 (V, 2N): probability of ALT of each haplotype at each site; typed (V,) bool. NaN outside
-    `windows`."""
+def copied_parts(model, examples, typed, rows, progress=None, foreign=False):
+    """Yield (sites, probability of ALT (len(sites), 2N), weight (len(sites), 1)) of each piece of the copying
+    chains, which overlap; of the sites in `rows`."""
     panel, n = examples.panel, examples.alleles.shape[1] // 2
-    out = torch.full((len(panel), 2 * n), math.nan)
-    if model.kind == "copy":
-        everything = [(0, len(panel))] if windows is None else [(int(a), int(b)) for a, b in windows]
-        rows = np.unique(np.concatenate([np.arange(a, b) for a, b in everything]))   # windows overlap
-        for part, sites, weight in chains(panel, typed, rows):
-            states = len(part) * len(model.rates) * len(examples.donors) * 4 * 2
-            size = max(1, int(MEMORY * 2**20 / max(states, 1)))
-            for i in range(0, n, size):
-                people = torch.arange(i, min(i + size, n))
-                copies = examples.copy(
-                    people,
-                    part,
-                    sites,
-                    model.rates,
-                    model.error,
-                    torch.ones(len(people), dtype=torch.bool) if foreign else None,
-                )
-                out_part = torch.sigmoid(towards_alt(apply_copy(model, copies), panel.flip[sites]))
-                columns = examples.haplotypes(people)
-                old = out[sites][:, columns]
-                w = torch.from_numpy(weight).float()[:, None]
-                out[torch.from_numpy(sites)[:, None], columns] = torch.where(
-                    old.isnan(), out_part, old * (1 - w) + out_part * w
-                )
-                if progress:
-                    progress(len(people) * len(sites))
-        return out
-    total = torch.zeros(len(panel), 2 * n)
-    weight = torch.zeros(len(panel), 1)
-    for first, end in panel.windows if windows is None else windows:
-        rows = np.arange(first, end)
-        ramp = torch.minimum(torch.arange(1, end - first + 1), torch.arange(end - first, 0, -1)).float()[
-            :, None
-        ]
+    for part, sites, weight in chains(panel, typed, rows):
+        out = torch.empty(len(sites), 2 * n)
+        states = len(part) * len(model.rates) * len(examples.donors) * 4 * 2
+        size = max(1, int(MEMORY * 2**20 / max(states, 1)))
+        for i in range(0, n, size):
+            people = torch.arange(i, min(i + size, n))
+            strangers = torch.ones(len(people), dtype=torch.bool) if foreign else None
+            copies = examples.copy(people, part, sites, model.rates, model.error, strangers)
+            logits = towards_alt(apply_copy(model, copies), panel.flip[sites])
+            out[:, examples.haplotypes(people)] = torch.sigmoid(logits)
+            if progress:
+                progress(len(people) * len(sites))
+        yield sites, out, torch.from_numpy(weight).float()[:, None]
+
+
+@torch.no_grad()
+def window_parts(run, model, examples, typed, windows, progress=None):
+    """The same of the BERT's windows; with a copying head, added to what that says."""
+    n, copies = examples.alleles.shape[1] // 2, None
+    if model.kind == "both":
+        copies = Rolling(blend(copied_parts(model, examples, typed, rows_of(windows))))
+    for first, end in windows:
+        rows, out = np.arange(first, end), torch.empty(end - first, 2 * n)
+        said = log_odds(copies.rows(rows), 1e-6) if copies else None
+        ramp = torch.minimum(torch.arange(1, end - first + 1), torch.arange(end - first, 0, -1)).float()
         for i in range(0, n, MICRO_BATCH):
             people = torch.arange(i, min(i + MICRO_BATCH, n))
+            columns = examples.haplotypes(people)
             made = examples.window(people, typed, (first, end), model.k)
-            if model.kind == "both":
-                copies = examples.copy(people, np.flatnonzero(typed), rows, model.rates, model.error)
-                made["features"] = copy_window(examples, copies, people, rows)
-                made["flip"] = panel.flip[rows]
+            if copies:
+                made["prior"] = said[:, columns].T.unflatten(0, (-1, 2))
             with run.autocast():
                 found = model(**{k: v.to(run.device) for k, v in made.items()})
-            columns = examples.haplotypes(people)
-            total[first:end, columns] += torch.sigmoid(found["haplotype"]).flatten(0, 1).T.cpu() * ramp
+            out[:, columns] = torch.sigmoid(found["haplotype"]).flatten(0, 1).T.cpu()
             if progress:
                 progress(len(people) * len(rows))
-        weight[first:end] += ramp
-    return torch.where(weight > 0, total / weight, math.nan)
+        yield rows, out, ramp[:, None]
+
+
+def rows_of(windows):
+    """Every row in the windows, once, ascending."""
+    return np.unique(np.concatenate([np.arange(a, b) for a, b in windows]))
+
+
+def blend(parts):
+    """Join overlapping (sites, values (len(sites), C), weight (len(sites), 1)), ascending by their first
+    sites, into their weighted means: yields (sites, values), each site once, as soon as no part can change
+    it."""
+    held, total, weight = np.empty(0, int), None, None
+    for sites, values, w in parts:
+        old = int(np.searchsorted(held, sites[0]))
+        if old:
+            yield held[:old], total[:old] / weight[:old]
+        both = np.union1d(held[old:], sites)
+        new_total, new_weight = torch.zeros(len(both), values.shape[1]), torch.zeros(len(both), 1)
+        if old < len(held):
+            at = np.searchsorted(both, held[old:])
+            new_total[at], new_weight[at] = total[old:], weight[old:]
+        at = np.searchsorted(both, sites)
+        new_total[at] += values * w
+        new_weight[at] += w
+        held, total, weight = both, new_total, new_weight
+    if len(held):
+        yield held, total / weight
+
+
+class Rolling:
+    """The rows of consecutive blocks (sites, values) that a window needs, as it moves on."""
+
+    def __init__(self, blocks):
+        self.blocks, self.held, self.values = blocks, np.empty(0, int), None
+
+    def rows(self, wanted):
+        """(len(wanted), C); what is before wanted[0] is forgotten."""
+        old = int(np.searchsorted(self.held, wanted[0]))
+        held, values = [self.held[old:]], [] if self.values is None else [self.values[old:]]
+        while not len(held[-1]) or held[-1][-1] < wanted[-1]:
+            sites, more = next(self.blocks)
+            held.append(sites)
+            values.append(more)
+        self.held, self.values = np.concatenate(held), torch.cat(values)
+        return self.values[np.searchsorted(self.held, wanted)]
+
+
+def dosage_parts(run, model, examples, typed, windows=None, progress=None, foreign=False):
+    """Yield (sites, float32 (len(sites), 2N): probability of ALT of each haplotype), ascending, each site
+    once; typed (V,) bool. In the `windows` only, if they are given."""
+    if model.kind == "copy":
+        rows = np.arange(len(examples.panel)) if windows is None else rows_of(windows)
+        return blend(copied_parts(model, examples, typed, rows, progress, foreign))
+    windows = examples.panel.windows if windows is None else windows
+    return blend(window_parts(run, model, examples, typed, windows, progress))
+
+
+def dosages(run, model, examples, typed, windows=None, foreign=False):
+    """The same in one piece (V, 2N); NaN outside `windows`."""
+    out = torch.full((len(examples.panel), examples.alleles.shape[1]), math.nan)
+    for sites, values in dosage_parts(run, model, examples, typed, windows, foreign=foreign):
+        out[sites] = values
+    return out
 
 
 def apply_copy(model, copies, block=1 << 18):
@@ -790,22 +844,26 @@ def apply_copy(model, copies, block=1 << 18):
 
 
 def chains(panel, typed, rows):
-    """Pieces of at most CHAIN_SITES typed sites, overlapping by a tenth: (typed rows, the rows that they tell
-    of, the weight of the piece against the one before)."""
+    """Pieces of at most CHAIN_SITES typed sites, overlapping by a tenth: (typed rows, those of `rows` that
+    they tell of, the pieces' weights there), which sum to one."""
     where = np.flatnonzero(typed)
     if len(where) < 1:
         raise common.BadInput("no typed site to impute from")
     pieces = prepare_genotypes.windows(panel.cm[where], CHAIN_SITES, 0.0, 0.1)
+
+    def rise(sites, i):
+        """How much of the sites where pieces i - 1 and i meet is the latter's."""
+        last = where[pieces[i - 1][1] - 1]
+        a, b = panel.cm[where[pieces[i][0]]], panel.cm[last]
+        return np.where(sites > last, 1.0, np.clip((panel.cm[sites] - a) / max(b - a, 1e-9), 0, 1))
+
     for i, (a, b) in enumerate(pieces):
         first = 0 if a == 0 else where[a]
         end = len(panel) if b == len(where) else where[b - 1] + 1
         sites = rows[(rows >= first) & (rows < end)]
-        weight = np.ones(len(sites))
-        if i:
-            seam = where[pieces[i - 1][1] - 1]  # the piece before knows up to here
-            weight = np.clip(
-                (panel.cm[sites] - panel.cm[first]) / max(panel.cm[seam] - panel.cm[first], 1e-9), 0, 1
-            )
+        weight = rise(sites, i) if i else np.ones(len(sites))
+        if i + 1 < len(pieces):
+            weight = np.minimum(weight, 1 - rise(sites, i + 1))
         if len(sites):
             yield where[a:b], sites, weight
 
@@ -884,7 +942,7 @@ def make_model():
                    0 if MODEL == "copy" else K, FUSION, WEIGHTING, WINDOW_SITES, CHUNK, RECOMPUTE)
 
 
-def build(found, run=None):
+def build(found):
     """The model of a checkpoint."""
     if found["kind"] != "Imputer":
         raise common.BadInput(f"the checkpoint holds a {found['kind']}; this works on Imputer")
@@ -908,17 +966,12 @@ def people_of(run, panel):
     alleles[rows] = torch.from_numpy(data.haplotypes())
     where = {s: i for i, s in enumerate(panel.file.samples)}
     own = torch.tensor([[2 * where[s], 2 * where[s] + 1] if s in where else [-1, -1] for s in data.samples])
-    names, number = (
-        prepare_genotypes.populations(panel_samples(), data.samples) if SAMPLES else (["all"], None)
-    )
-    population = torch.tensor([panel.names.index(names[i]) if names[i] in panel.names else len(panel.names)
-                               for i in number] if number is not None else
-                              [len(panel.names)] * len(data.samples))
+    population = torch.full((len(data.samples),), len(panel.names))          # of none in the panel
+    if SAMPLES:
+        names, number = prepare_genotypes.populations(SAMPLES, data.samples)
+        place = [panel.names.index(name) if name in panel.names else len(panel.names) for name in names]
+        population = torch.tensor(place)[number]
     return alleles, own, population, np.array([hash_share(s) < VALID_SHARE for s in data.samples])
-
-
-def panel_samples():
-    return SAMPLES
 
 
 def accuracy(probability, truth, panel, typed):
@@ -1065,7 +1118,7 @@ def check_constants(run):
             raise common.BadInput(f"{name} {value!r} is not one of {', '.join(map(repr, allowed))}")
 
 
-def alone(run, kind):
+def one_thread(run, kind):
     """One thread for the copying chains on a CPU: their operations are too small to share, and threads that
     wait for each other on a busy machine take ten times as long."""
     if run.device.type == "cpu" and kind == "copy":
@@ -1086,7 +1139,7 @@ def main():
         return impute()
     run = common.start(SEED, DTYPE)
     check_constants(run)
-    alone(run, MODEL)
+    one_thread(run, MODEL)
     panel = Panel(run)
     alleles, own, population, held = people_of(run, panel)
     train, valid = np.flatnonzero(~held), np.flatnonzero(held)
@@ -1157,9 +1210,10 @@ def main():
         first, end = (int(x) for x in panel.windows[rng.integers(len(panel.windows))])
         made = examples.window(people, typed, (first, end), K)
         if MODEL == "both":
-            rows = np.arange(first, end)
-            copies = examples.copy(people, np.flatnonzero(typed), rows, tuple(map(float, RATES)), ERROR)
-            made |= {"features": copy_window(examples, copies, people, rows), "flip": panel.flip[rows]}
+            rows, near = np.arange(first, end), np.flatnonzero(typed)
+            near = near[(near >= 2 * first - end) & (near < 2 * end - first)]    # a window on both sides, too
+            copies = examples.copy(people, near, rows, tuple(map(float, RATES)), ERROR)
+            made |= {"features": copy_window(copies), "flip": panel.flip[rows]}
         target = alleles[first:end][:, examples.haplotypes(people)].T.reshape(len(people), 2, -1)
         return made, target, torch.from_numpy(typed[first:end])
 
@@ -1359,7 +1413,7 @@ def impute():
         raise common.BadInput("IMPUTE runs in one process; start it without torchrun")
     check_constants(run)
     model = build(best).to(run.device).eval()
-    alone(run, model.kind)
+    one_thread(run, model.kind)
     globals()["WINDOW_SITES"] = min(WINDOW_SITES, model.sizes["window_sites"])
     panel = Panel(run)
     check_windows(panel, model)
@@ -1374,10 +1428,18 @@ def impute():
     import tqdm
 
     bar = tqdm.tqdm(total=len(panel) * len(given.samples), unit="genotype", unit_scale=True, disable=None)
-    probability = dosages(run, model, examples, typed, progress=bar.update)
-    bar.close()
+    parts = dosage_parts(run, model, examples, typed, progress=bar.update)
+    whole = torch.empty(alleles.shape) if CHECK else None    # without, no more than a piece is held
+
+    def kept():
+        for sites, probability in parts:
+            if CHECK:
+                whole[sites] = probability
+            yield sites, probability
+
     path = Path(OUT) / "imputed.vcf.gz"
-    write_imputed(path, panel, probability, given, rows, alleles)
+    write_imputed(path, panel, kept(), given, rows, alleles)
+    bar.close()
     seconds, cpu = time.perf_counter() - begin, time.process_time() - work
     found = {
         "people": len(given.samples),
@@ -1389,7 +1451,7 @@ def impute():
         f"{path}: {len(panel):,} variants × {len(given.samples)} people in {seconds:.1f} s ({cpu:.1f} CPU s)"
     )
     if CHECK:
-        found |= check(run, panel, probability, given, typed)
+        found |= check(run, panel, whole, given, typed)
     common.write_result(run, OUT, found)
     common.stop(run)
     return found
@@ -1414,10 +1476,10 @@ def check(run, panel, probability, given, typed):
         "calibration": metrics.get("calibration", 0.0)}
 
 
-def write_imputed(path, panel, probability, given, rows, alleles):
-    """GT:DS:HDS:GP of every panel variant; what was typed stays as it was given. AF and DR2 are of the people
-    here: DR2 is the variance of the haplotypes' dosages over that of alleles of this frequency (as Minimac's
-    Rsq)."""
+def write_imputed(path, panel, parts, given, rows, alleles):
+    """GT:DS:HDS:GP of every panel variant, from dosage_parts; what was typed stays as it was given. AF and
+    DR2 are of the people here: DR2 is the variance of the haplotypes' dosages over that of alleles of this
+    frequency (as Minimac's Rsq)."""
     meta = [
         '##INFO=<ID=AF,Number=A,Type=Float,Description="Estimated ALT allele frequency">',
         '##INFO=<ID=DR2,Number=A,Type=Float,Description="Estimated squared correlation with the truth">',
@@ -1432,8 +1494,7 @@ def write_imputed(path, panel, probability, given, rows, alleles):
     out = prepare_genotypes.VcfWriter(path, given.chrom[0], given.samples, meta)
     place = {int(r): i for i, r in enumerate(rows)}
     cells, texts = {}, [f"{x / 1000:g}" for x in range(2001)]
-    for v in range(len(panel)):
-        p = probability[v]
+    for v, p in ((int(v), p) for sites, values in parts for v, p in zip(sites, values, strict=True)):
         i = place.get(v)
         if i is not None:
             known = alleles[v] >= 0
