@@ -1848,6 +1848,26 @@ def test_refinement_pulls_along_the_gradient_of_the_likelihood():
     close(ends.norm(dim=-1), torch.full((2, 2), simulate_muons.RADIUS, dtype=torch.double), 1e-9)
 
 
+def test_the_time_index_and_modes_of_an_event_are_found_from_its_hits():
+    torch.manual_seed(0)
+    centers = 100 * torch.rand(2, 500, 1, dtype=torch.double)
+    spreads, shares = torch.zeros_like(centers), torch.zeros_like(centers)             # one Gaussian of 1 ns
+    gains = torch.randn(2, 500, 3, dtype=torch.double) * torch.tensor([50.0, 2.0, 2.0])
+    real = torch.ones(2, 500).bool()
+    real[1, 400:] = False
+    true = torch.tensor([[7.0, 0.02, 1.0, -0.5], [-4.0, -0.03, 0.3, 0.8]], dtype=torch.double)
+    noise = torch.randn(2, 500, dtype=torch.double)
+    late = centers[..., 0] + true[:, :1] + (gains @ true[:, 1:, None])[..., 0] + noise
+    late[1, 400:] = 1e3
+    found = train_muon_dsa.event_time(late, real, centers, spreads, shares, gains, 0.03)
+    error = (found - true).abs() / torch.tensor([0.06, 0.0015, 0.04, 0.04])            # about one sigma
+    assert error.max() < 4, error
+    rest = train_muon_dsa.remaining(late, true, gains)
+    close(rest[real], (centers[..., 0] + noise)[real], 1e-9)
+    known = train_muon_dsa.event_time(late, real, centers, spreads, shares, gains, 0.0)   # a nominal detector
+    assert (known[:, 1:].abs() < 1e-3).all()
+
+
 def test_first_photon_is_drawn_as_if_all_were(n_events=3):
     """first_times against n photons drawn one by one, and the table of light against the sum."""
     detector, rng = simulate_muons.NOMINAL, np.random.default_rng(0)

@@ -1,13 +1,11 @@
-"""Reconstruct where a muon entered and left a sphere of liquid scintillator, from its 2,000 most telling PMT
-hits.
+"""Reconstruct where a muon entered and left a sphere of liquid scintillator, from its most telling PMT hits.
 
 A transformer with dynamic sparsity attention (DSA: common.py, section 7) reads the hits as a set and gives a
 first answer and a description of the detector; a few Gauss-Newton steps, part of the network, then maximise a
 learned likelihood of the times of the first hits. Errors are in degrees and cm, on events never trained on.
 
-    python train_muon_dsa.py                                       simulates what it needs, if no data are
-    there python train_muon_dsa.py DATA="shards/*.pt" OUT=out/mine       x_data (N, T, 5): x, y, z [m], time
-    [ns],
+    python train_muon_dsa.py                                       simulates events, if there are none
+    python train_muon_dsa.py DATA="shards/*.pt" OUT=out/mine       x_data (N, T, 5): x, y, z [m], time [ns],
                                                                    charge [pe]; y_data (N, 6): entry, exit [m]
     torchrun --nproc_per_node 4 train_muon_dsa.py ATTENTION=dense
     python train_muon_dsa.py EVAL="new/*.pt" OUT=out/mine          scores, and writes predictions.npz

@@ -1,5 +1,4 @@
-"""Train a byte-level language model with native sparse attention, or with full or window attention to
-compare.
+"""Train a byte-level language model with native sparse attention; with full or window attention to compare.
 
 Every byte of a file is predicted from those before it; the score is bits per byte of held-out bytes. Native
 sparse attention (arXiv 2502.11089) reads compressed blocks, a few selected blocks and a sliding window, so
@@ -7,8 +6,8 @@ that time and memory grow with the length, not with its square.
 
     python train_nsa_enwik8.py                                     Python's own source text, no download
     python data/prepare_enwik8.py && python train_nsa_enwik8.py    enwik8: 90 / 5 / 5 MB by position
-    python train_nsa_enwik8.py DATA=any.file OUT=out/mine          any file of bytes; .gz and .zip are
-    unpacked torchrun --nproc_per_node 4 train_nsa_enwik8.py ATTENTION=full
+    python train_nsa_enwik8.py DATA=any.file OUT=out/mine          any bytes; .gz and .zip are unpacked
+    torchrun --nproc_per_node 4 train_nsa_enwik8.py ATTENTION=full
     python train_nsa_enwik8.py EVAL=unseen.file OUT=out/mine       bits per byte of the best checkpoint
 """
 

@@ -1,5 +1,4 @@
-"""Score answers to checkable questions on classical Chinese poetry: form, wished-for words, next lines,
-authors.
+"""Score answers to checkable questions on classical Chinese poetry: form, wishes, next lines, authors.
 
     python data/score_poetry.py DATA=sft_poetry.jsonl.gz OUT=prompts.jsonl      its held-out questions
     python serve.py CHECKPOINT=out/chat PROMPTS=prompts.jsonl ANSWERS=answers.jsonl

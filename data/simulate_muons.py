@@ -4,8 +4,8 @@ Writes OUT/NAME-0000.pt ... with x_data (N, HITS, 5) float32: x, y, z of the PMT
 in ns, charge in photo-electrons (pe), sorted by time, and y_data (N, 6): entry and exit of the track on the
 sphere in m; and event.png. Event i depends on (SEED, i) alone, however many processes and files there are.
 
-    python data/simulate_muons.py                                         20,000 events of randomised
-    detectors python data/simulate_muons.py DETECTOR=nominal NAME=test SEED=1 EVENTS=1000
+    python data/simulate_muons.py                                         20,000 events, random detectors
+    python data/simulate_muons.py DETECTOR=nominal NAME=test SEED=1 EVENTS=1000
     python data/simulate_muons.py DETECTOR=stressed NAME=stressed SEED=2 EVENTS=1000
 
 The generative model, in a detector like JUNO's (arXiv 1507.05613):
