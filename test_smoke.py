@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -2490,6 +2491,44 @@ def test_copying_beats_frequency_and_one_neighbour_and_writes_what_was_typed(peo
     assert (tmp_path / "run/imputed.vcf.gz.tbi").exists()
     assert json.loads((tmp_path / "run/eval.json").read_text())["r2"]["all"] == found["r2"]["all"]
 
+    shutil.copy(tmp_path / "run/imputed.vcf.gz", tmp_path / "ours.vcf.gz")
+    for name in ("ours.vcf.gz", people / "truth.vcf.gz", people / "typed.vcf.gz"):
+        compared = train_people(IMPUTE=str(people / "typed.vcf.gz"), CHECK=str(people / "truth.vcf.gz"),
+                                VERSUS=str(tmp_path / name), OUT=str(tmp_path / "run"))["versus"]
+        other, more, low, high = compared["all"]
+        assert low <= more <= high and other + more == pytest.approx(found["r2"]["all"], abs=1e-6)
+        if name == "ours.vcf.gz":
+            assert abs(more) < 1e-3 and -1e-3 < low <= high < 1e-3
+        elif "truth" in str(name):
+            assert other == pytest.approx(1) and high < 0
+        else:                                            # holds no untyped variant: the panel's frequency
+            assert other == pytest.approx(r2(np.repeat(2 * af[:, None], 12, 1)), abs=1e-5) and low > 0
+
+
+def test_the_interval_of_a_difference_is_that_of_people_drawn_anew():
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 3, (200, 40))
+    truth[5, 3] = -1
+    dose = [np.clip(truth + rng.normal(0, s, truth.shape), 0, 2) for s in (0.4, 0.5)]
+    maf = rng.uniform(0.01, 0.5, 200)
+    panel = types.SimpleNamespace(maf=maf, flip=torch.from_numpy(rng.random(200) < 0.3))
+    typed = np.arange(200) < 20
+    found = train_rag_bert.versus(*map(torch.from_numpy, dose), torch.from_numpy(truth), panel, typed)["all"]
+
+    def r2(d, people):
+        d, t = d[20:, people], truth[20:, people]
+        flip = panel.flip.numpy()[20:, None]
+        d, known = np.where(flip, 2 - d, d), t >= 0
+        t = np.where(flip, 2 - t, t)
+        return np.corrcoef(d[known], t[known])[0, 1] ** 2
+    drawn = [rng.integers(0, 40, 40) for _ in range(1_000)]
+    differences = np.array([r2(dose[0], p) - r2(dose[1], p) for p in drawn])
+    whole = np.arange(40)
+    assert found[0] == pytest.approx(r2(dose[1], whole))
+    assert found[1] == pytest.approx(r2(dose[0], whole) - r2(dose[1], whole))
+    ends = np.quantile(differences, [0.025, 0.975])
+    assert found[2:] == pytest.approx(ends, abs=0.05 * np.ptp(differences))
+
 
 def test_unphased_and_missing_typed_calls_are_imputed_nearly_as_well(people, train_people, tmp_path):
     train_people(STEPS=2, OUT=str(tmp_path / "run"))
@@ -2791,6 +2830,7 @@ def test_cut_files_and_other_panels_are_one_sentence(train_people, people, tmp_p
         (dict(MODEL="x"), "MODEL 'x' is not one of"),
         (dict(K=500, MODEL="bert", STEPS=1), "K 500 is more than the"),
         (dict(CHECK="x"), "CHECK=x scores what IMPUTE= makes"),
+        (dict(VERSUS="x"), "VERSUS=x is compared by the truth CHECK="),
         (dict(VALID_SHARE=0.0), "and 0 to validate"),
     ):
         with pytest.raises(common.BadInput) as error:

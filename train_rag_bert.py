@@ -12,6 +12,7 @@ Both learn on the panel, each person without his own haplotypes, with masks such
     python train_rag_bert.py PANEL=panel.vcf.gz MAP=map.gz OUT=out/mine
     python train_rag_bert.py IMPUTE=typed.vcf.gz PANEL=panel.vcf.gz MAP=map.gz OUT=out/mine
     python train_rag_bert.py IMPUTE=typed.vcf.gz CHECK=truth.vcf.gz ...                 scored, too
+    python train_rag_bert.py IMPUTE=typed.vcf.gz CHECK=truth.vcf.gz VERSUS=beagle.vcf.gz ...   and compared
     python train_rag_bert.py PRESET=seed MODEL=bert         the documented older system
 """
 
@@ -95,6 +96,8 @@ SAVE_EVERY = 100      # updates; 0 = at the end only
 WANDB = "disabled"    # "offline", "online"
 IMPUTE = ""           # typed people to impute with the best checkpoint in OUT, instead of training
 CHECK = ""            # their truth, to score the result
+VERSUS = ""           # another tool's result for them (DS, or GT), to compare with
+RESAMPLED = 1_000     # times that people are drawn anew for the interval of a difference
 CHAIN_SITES = 8_000   # typed sites of a copying chain; longer chromosomes are cut, overlapping by a tenth
 MEMORY = 512          # MiB for the chains' states
 PHASE_SWEEPS = 6      # sweeps over unphased genotypes
@@ -979,9 +982,7 @@ def accuracy(probability, truth, panel, typed):
     untyped sites that vary in the panel: by bin of panel MAF dosage r² (pooled), precision, recall and F1 of
     carriers of the minor allele, the number of sites; and `calibration`: mean distance, over tenths of
     probability weighted by their size, between what was said and what was true."""
-    flip = panel.flip[:, None]
-    dose = probability.view(len(probability), -1, 2).sum(2)
-    dose, count = torch.where(flip, 2 - dose, dose), torch.where(flip & (truth >= 0), 2 - truth, truth)
+    dose, count = minor_doses(probability.view(len(probability), -1, 2).sum(2), truth, panel)
     usable = torch.from_numpy(~typed & (panel.maf > 0)) & ~dose.isnan().any(1)
     found = {}
     for name, low, high in BINS:
@@ -1006,6 +1007,41 @@ def accuracy(probability, truth, panel, typed):
             size = torch.bincount(tenth, minlength=10)
             off = torch.bincount(tenth, d / 2, 10) - torch.bincount(tenth, c / 2, 10)
             found["calibration"] = float(off.abs().sum() / size.sum())
+    return found
+
+
+def minor_doses(dose, truth, panel):
+    """Dosages of ALT (V, N) and genotypes (V, N), -1 unknown, turned to count the panel's minor allele."""
+    flip = panel.flip[:, None]
+    return torch.where(flip, 2 - dose, dose), torch.where(flip & (truth >= 0), 2 - truth, truth)
+
+
+def r2_of(sums):
+    """Squared correlation from sums (..., 6) of 1, d, c, d², c², dc."""
+    n, d, c, dd, cc, dc = sums.unbind(-1)
+    return (dc * n - d * c) ** 2 / ((dd * n - d * d) * (cc * n - c * c)).clamp(min=1e-12)
+
+
+def versus(ours, theirs, truth, panel, typed):
+    """By bin, (r² of theirs, ours less theirs, lower and upper end of the difference's 95% interval, people
+    drawn anew RESAMPLED times): dosages of ALT (V, N), genotypes truth (V, N), -1 unknown, untyped sites that
+    vary in the panel."""
+    N, found = truth.shape[1], {}
+    drawn = np.random.default_rng(0).multinomial(N, [1 / N] * N, RESAMPLED)              # how often each
+    drawn = torch.from_numpy(drawn).double()
+    usable = torch.from_numpy(~typed & (panel.maf > 0))
+    pairs = [minor_doses(dose, truth, panel) for dose in (ours, theirs)]
+    for name, low, high in BINS:
+        rows = usable & torch.from_numpy((panel.maf >= low) & (panel.maf < high))
+        sums = []
+        for dose, count in pairs:
+            d, c, known = dose[rows].double(), count[rows].double(), count[rows] >= 0
+            parts = torch.stack([known.double(), d, c, d * d, c * c, d * c], -1)
+            sums.append(torch.where(known[..., None], parts, 0.0).sum(0))                   # (N, 6)
+        mine, other = (r2_of(x.sum(0)) for x in sums)
+        between = torch.quantile(r2_of(drawn @ sums[0]) - r2_of(drawn @ sums[1]),
+                                 torch.tensor([0.025, 0.975], dtype=torch.float64))
+        found[name] = [float(other), float(mine - other), *between.tolist()]
     return found
 
 
@@ -1135,6 +1171,8 @@ def check_windows(panel, model):
 def main():
     if CHECK and not IMPUTE:
         raise common.BadInput(f"CHECK={CHECK} scores what IMPUTE= makes; give that too")
+    if VERSUS and not CHECK:
+        raise common.BadInput(f"VERSUS={VERSUS} is compared by the truth CHECK=; give that too")
     if IMPUTE:
         return impute()
     run = common.start(SEED, DTYPE)
@@ -1472,8 +1510,21 @@ def check(run, panel, probability, given, typed):
     metrics = accuracy(probability, counts, panel, typed)
     run.say(table(metrics))
     plot_accuracy(metrics, OUT)
-    return {m: {name: metrics[name][m] for name, *_ in BINS} for m in ("r2", "f1", "precision", "recall")} | {
-        "calibration": metrics.get("calibration", 0.0)}
+    result = {m: {name: metrics[name][m] for name, *_ in BINS} for m in ("r2", "f1", "precision", "recall")}
+    result["calibration"] = metrics.get("calibration", 0.0)
+    if VERSUS:
+        theirs = prepare_genotypes.dosages(VERSUS, panel.file, given.samples)
+        missing = int(np.isnan(theirs).any(1).sum())
+        if missing:
+            run.say(f"VERSUS {VERSUS} lacks {missing:,} of {len(panel):,} variants: taken at panel frequency")
+        theirs = torch.from_numpy(np.where(np.isnan(theirs), 2 * panel.af[:, None], theirs)).float()
+        ours = probability.view(len(panel), -1, 2).sum(2)
+        result["versus"] = versus(ours, theirs, counts, panel, typed)
+        lines = [f"{'panel MAF':>10} {'r2 there':>9} {'ours less theirs, 95% interval':>34}"]
+        lines += [f"{name:>10} {other:>9.4f} {more:>+12.4f}  [{low:+.4f}, {high:+.4f}]"
+                  for name, (other, more, low, high) in result["versus"].items()]
+        run.say(f"against {VERSUS}:\n" + "\n".join(lines))
+    return result
 
 
 def write_imputed(path, panel, parts, given, rows, alleles):

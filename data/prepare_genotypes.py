@@ -158,6 +158,38 @@ def _read_vcf(path):
                      np.stack(phases) if rows else np.zeros(shape, bool), dropped)
 
 
+def dosages(path, panel, samples):
+    """Float32 (panel's variants, samples): ALT dosages of a VCF or BCF, by DS, else GT; NaN without."""
+    if not Path(path).is_file():
+        raise common.BadInput(f"no dosages at {path}")
+    common.needs("cyvcf2", "to read VCF files")
+    import cyvcf2
+
+    _is_whole(path)
+    try:
+        file = cyvcf2.VCF(str(path), threads=1)
+        lost = [s for s in samples if s not in file.samples]
+        if lost:
+            raise common.BadInput(f"{path} lacks sample {lost[0]!r} ({len(lost)} of {len(samples)})")
+        columns = [file.samples.index(s) for s in samples]
+        index = {key[1:]: i for i, key in enumerate(panel.keys())}
+        out = np.full((len(panel.pos), len(samples)), np.nan, np.float32)
+        for record in file:
+            row = index.get((record.POS, record.REF, record.ALT[0])) if len(record.ALT) == 1 else None
+            if row is None:
+                continue
+            if "DS" in record.FORMAT:
+                out[row] = record.format("DS")[columns, 0]
+            elif "GT" in record.FORMAT:
+                calls = record.genotype.array()[columns, :2].astype(np.float32)
+                out[row] = np.where((calls >= 0).all(1), calls.sum(1), np.nan)
+    except common.BadInput:
+        raise
+    except Exception as error:
+        raise common.BadInput(f"{path} cannot be read as a VCF or BCF file: {error}") from None
+    return out
+
+
 def _is_whole(path):
     """Refuse a bgzipped file without its end marker, and a gzip that stops early."""
     with open(path, "rb") as file:
