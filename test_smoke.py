@@ -2724,6 +2724,18 @@ def test_a_mask_leaves_a_typed_site_and_a_map_is_part_of_the_fingerprint(train_p
     assert len(prints) == 3
 
 
+@pytest.mark.parametrize("kind", ["random", "span"])
+@pytest.mark.parametrize("rate", train_rag_bert.LEVELS)
+def test_masks_hide_their_share_and_leave_windows_something_to_read_and_to_guess(kind, rate):
+    rng = np.random.default_rng(0)
+    maf = rng.beta(0.3, 2, 20_000) / 2
+    for _ in range(5):
+        typed = train_rag_bert.draw_mask(rng, maf, rate, (kind,))
+        assert abs(typed.mean() - (1 - rate)) < 0.02
+        each = typed.reshape(-1, 250).mean(1)            # a window of the BERT
+        assert ((0 < each) & (each < 1)).mean() > 0.6
+
+
 def test_frequencies_that_a_person_is_told_are_of_others(train_people, people):
     panel = train_people_panel(train_people)
     donors = np.arange(4, 120)

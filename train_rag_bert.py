@@ -102,6 +102,7 @@ CHAIN_SITES = 8_000   # typed sites of a copying chain; longer chromosomes are c
 MEMORY = 512          # MiB for the chains' states
 PHASE_SWEEPS = 6      # sweeps over unphased genotypes
 
+SPAN = 30             # sites that are hidden together, on average, in masks of stretches
 MASKED = 2            # the token of a site whose allele is not known
 BINS = (
     ("<0.5%", 0, 0.005),
@@ -197,7 +198,8 @@ def array_mask(rng, maf, share):
 
 
 def draw_mask(rng, maf, rate, kinds=("random", "span", "array")):
-    """Typed sites (V,) bool, about 1 - rate of them; "random" hides rare ones sooner, "span" stretches."""
+    """Typed sites (V,) bool, about 1 - rate of them; "random" hides rare ones sooner, "span" stretches of
+    SPAN sites on average."""
     kind = kinds[rng.integers(len(kinds))]
     if kind == "array":
         return array_mask(rng, maf, 1 - rate)
@@ -206,10 +208,12 @@ def draw_mask(rng, maf, rate, kinds=("random", "span", "array")):
         typed = rng.random(len(maf)) >= rate * weight / weight.mean()
         typed[rng.integers(len(maf))] |= not typed.any()
         return typed
-    typed = np.ones(len(maf), bool)
-    while typed.mean() > 1 - rate:
-        first, n = rng.integers(len(maf)), 1 + rng.geometric(min(1.0, 20 / len(maf)))
-        typed[first:first + n] = False
+    typed, hidden = np.ones(len(maf), bool), 0
+    while hidden < rate * len(maf):
+        first = rng.integers(len(maf))
+        stretch = typed[first:first + rng.geometric(1 / SPAN)]
+        hidden += stretch.sum()
+        stretch[:] = False
     typed[0] |= not typed.any()
     return typed
 
@@ -1245,7 +1249,8 @@ def main():
         """The BERT's input and target for each of the people in one window of the step."""
         rng = np.random.default_rng((SEED, 1, step))
         typed = draw_mask(rng, panel.maf, LEVELS[min(epoch // ADD_LEVEL, len(LEVELS) - 1)])
-        first, end = (int(x) for x in panel.windows[rng.integers(len(panel.windows))])
+        telling = [i for i, (a, b) in enumerate(panel.windows) if 0 < typed[a:b].sum() < b - a]
+        first, end = (int(x) for x in panel.windows[rng.choice(telling or len(panel.windows))])
         made = examples.window(people, typed, (first, end), K)
         if MODEL == "both":
             rows, near = np.arange(first, end), np.flatnonzero(typed)
