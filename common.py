@@ -674,7 +674,7 @@ def save_best(run: Run, out: str | Path, step: int, model: nn.Module, metrics: d
 def load(path: str | Path) -> dict:
     """A checkpoint file of ours as a dict on the CPU; raises BadInput if missing, damaged or foreign."""
     if not Path(path).is_file():
-        raise BadInput(f"there is no checkpoint {path}; train first, for example: python train_pretrain.py")
+        raise BadInput(f"there is no checkpoint {path}; train first, or name the folder of a trained model")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for a damaged or hostile file
@@ -2673,9 +2673,9 @@ class DynamicSparseAttention(nn.Module):
 
     Importance of a block of keys: attention × learned importance, without the (P, P) scores. A key's learned
     importance e^a, a linear in the hit, is part of its weight, too; a block's attention is that of its mean
-    and variances (second cumulant of the scores). Of the density × N blocks of largest importance those stay
-    that are within a factor e^temperature of the largest; temperature (H,) is learned, through gates that are
-    hard forward and sigmoids backward (straight-through, arXiv 1308.3432), renormalised over what stays. The
+    and variances (second cumulant of the scores). Of the ⌈density × N⌉ blocks of largest importance those
+    stay that are within a factor e^temperature of the largest; temperature (H,) is learned, through gates
+    that are hard forward and sigmoids backward (straight-through, arXiv 1308.3432), renormalised over what stays. The
     same in training and inference; x is in place_order. density 1 and a large temperature: dense attention.
     """
 
@@ -2726,7 +2726,7 @@ class DynamicSparseAttention(nn.Module):
         scores = torch.where(real.any(1)[:, None, None, None], scores, torch.zeros_like(scores))
         logs = scores.log_softmax(-1)                                                   # (B, H, NI, N)
 
-        K = min(N, math.ceil(float(self.density) * N))
+        K = min(N, math.ceil(float(self.density) * N - 1e-4))              # 0.1 in float32 is more than 0.1
         enough = real.sum(1).clamp(max=self.min_connections)[:, None, None, None]
         while True:
             top, chosen = logs.topk(K, -1)

@@ -1930,6 +1930,9 @@ def train_muons(train, muons):
         LR=5e-3,
         N_HEADS=4,
         HIT_DIM=24,
+        TASK="regression",  # these three are the checkpoint's in EVAL
+        N_CLASSES=2,
+        REFINE=4,
     )
     return lambda **constants: train(train_muon_dsa, **{**tiny, **constants})
 
@@ -3803,13 +3806,13 @@ def test_shards_cut_at_any_kilobyte_or_empty_are_named(train_muons, muons, tmp_p
     for size in range(0, len(data), 1024):
         (tmp_path / "cut.pt").write_bytes(data[:size])
         with pytest.raises(common.BadInput, match=r"cut\.pt cannot be read as tensors"):
-            train_muon_dsa.read_shard(tmp_path / "cut.pt")
+            fit_muons.read_shard(tmp_path / "cut.pt")
     for wrong, message in (({"x_data": x[:0], "y_data": y[:0].flatten(1)}, "no event"),
                            ({"x_data": x, "y_data": y.flatten(1) * math.nan}, "off the sphere|not finite"),
                            ({"x_data": x, "y_data": y.flatten(1).int()}, "y_data is torch.int32")):
         torch.save(wrong, tmp_path / "cut.pt")
         with pytest.raises(common.BadInput, match=message):
-            train_muon_dsa.read_shard(tmp_path / "cut.pt")
+            fit_muons.read_shard(tmp_path / "cut.pt")
 
 
 def test_bytes_and_muons_that_changed_under_an_unfinished_run_are_refused(train_bytes, train_muons, muons,
