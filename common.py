@@ -2675,8 +2675,9 @@ class DynamicSparseAttention(nn.Module):
     importance e^a, a linear in the hit, is part of its weight, too; a block's attention is that of its mean
     and variances (second cumulant of the scores). Of the ⌈density × N⌉ blocks of largest importance those
     stay that are within a factor e^temperature of the largest; temperature (H,) is learned, through gates
-    that are hard forward and sigmoids backward (straight-through, arXiv 1308.3432), renormalised over what stays. The
-    same in training and inference; x is in place_order. density 1 and a large temperature: dense attention.
+    that are hard forward and sigmoids backward (straight-through, arXiv 1308.3432), renormalised over what
+    stays. The same in training and inference; x is in place_order. density 1 and a large temperature: dense
+    attention.
     """
 
     def __init__(self, dim: int, n_heads: int, head_dim: int = 0, min_connections: int = 16,

@@ -1782,6 +1782,14 @@ def test_dsa_loss_has_the_gradient_of_finite_differences():
     close(common.DSALoss(0.3)(torch.tensor([2.0]), [perfect]), torch.tensor([2.0]), 1e-6)
 
 
+def test_a_density_that_divides_the_blocks_is_met_exactly():
+    module, x, real = dsa(0.3)
+    module.log_temperature.data.fill_(9.0)
+    real[:] = True
+    found = module(x[:, :240], real[:, :240], 10)[1]
+    close(1 - found["sparsity_ratio"], torch.full((2,), 0.3, dtype=torch.double), 1e-9)
+
+
 def test_density_falls_from_first_to_last(monkeypatch):
     monkeypatch.setattr(train_muon_dsa, "STEPS", 11)
     shares = [train_muon_dsa.density_at(step) for step in range(11)]
@@ -1810,6 +1818,26 @@ def test_order_padding_and_neighbours_of_hits_change_nothing():
     for name in ("ends", "refined", "context"):
         close(shuffled[name], whole[name][[2, 0, 1]], 1e-7)
         close(alone[name], whole[name][1:2], 1e-7)
+
+
+def test_order_of_hits_changes_nothing_where_times_are_equal():
+    torch.manual_seed(0)
+    model = train_muon_dsa.MuonNet(seq_len=400, read=100).double()
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    x = random_hits(2, 400, torch.double)
+    x[..., 3] = x[..., 3].round()                                           # as a clock of 1 ns has them
+    whole, shuffled = model(x, refine=3), model(x[:, torch.randperm(400)], refine=3)
+    for name in ("ends", "refined", "context"):
+        close(shuffled[name], whole[name], 1e-7)
+
+
+@pytest.mark.parametrize("charge", [0.0, -3.0])
+def test_events_without_charge_have_finite_answers(charge):
+    model = train_muon_dsa.MuonNet(seq_len=400)
+    x = random_hits(2, 400)
+    x[0, :, 4] = charge
+    assert model(x, refine=2)["refined"].isfinite().all()
 
 
 def test_turning_an_event_turns_its_track():
@@ -1951,10 +1979,46 @@ def test_simulated_events_repeat_themselves_and_lie_on_the_sphere(muons, tmp_pat
     assert torch.equal(again[0], x[:14]) and torch.equal(again[1], y[:14])
 
 
+def test_simulated_files_of_other_settings_are_never_taken_for_these(muons, tmp_path, monkeypatch):
+    base = dict(DETECTOR="nominal", HITS=50, SHARD=4, EVENTS=6, SEED=6, NAME="some", WORKERS=1,
+                OUT=str(tmp_path), PMT_RADIUS=19.0)
+
+    def make(**changes):
+        with monkeypatch.context() as patch:
+            for name, value in (base | changes).items():
+                patch.setattr(simulate_muons, name, value)
+            simulate_muons.main()
+        return fit_muons.read(str(tmp_path / "some-*.pt"))[0]
+    first = make()
+    for changes, message in ((dict(DETECTOR="stressed"), "DETECTOR=nominal"), (dict(SEED=7), "SEED=6"),
+                             (dict(HITS=60), "HITS=50"), (dict(SHARD=2), "SHARD=4"),
+                             (dict(SEED=-1), "SEED -1"), (dict(WORKERS=-1), "WORKERS -1"),
+                             (dict(NAME="a/b"), "NAME 'a/b'")):
+        with pytest.raises(common.BadInput, match=message):
+            make(**changes)
+    more = make(EVENTS=8)                                                   # the last file had been half full
+    assert len(more) == 8 and torch.equal(more[:6], first)
+    assert not list(tmp_path.glob("*.unfinished"))
+    close(more[..., :3].norm(dim=-1), torch.full(more.shape[:2], 19.0), 1e-4)  # workers know every constant
+
+
+def test_an_unfinished_simulation_is_finished_by_the_next_run(tmp_path, monkeypatch):
+    folder, run, made = tmp_path / "data/muons", common.start(0, "float32"), []
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(train_muon_dsa, "__file__", str(tmp_path / "train_muon_dsa.py"))
+    monkeypatch.setattr(simulate_muons, "simulate", lambda *a, **k: made.append(k))
+    (folder / "muons-0000.pt").touch()
+    train_muon_dsa.simulated(run)
+    assert not made
+    (folder / "muons.unfinished").touch()
+    train_muon_dsa.simulated(run)
+    assert made[0]["EVENTS"] == train_muon_dsa.EVENTS
+    common.stop(run)
+
+
 def test_the_fit_finds_tracks_from_its_own_start_and_from_the_truth(muons):
     x, truth = fit_muons.read(str(muons / "more-*.pt"))
-    calibration = fit_muons.calibrate(*(fit_muons.calibration_events()[i] for i in (0, 1)),
-                                      torch.ones(200, simulate_muons.HITS).bool())
+    calibration = train_muon_dsa.calibration(torch.device("cpu"))
     found = fit_muons.summary(fit_muons.errors(fit_muons.fit(x, calibration), truth))
     assert found["failures"] <= 1 and found["angle_deg"][0] < 0.6 and found["entry_cm"][0] < 10
     near = fit_muons.fit(x, calibration, start=truth)
@@ -2046,6 +2110,72 @@ def test_muon_events_are_split_alike_however_files_hold_them(muons, tmp_path, mo
     assert few.shape == (1, 100, 5) and set(map(tuple, few[0].tolist())) <= set(map(tuple, x[0].tolist()))
 
 
+def test_files_of_other_lengths_and_clocks_are_read_together(muons, tmp_path, monkeypatch):
+    x, y = fit_muons.read(str(muons / "more-*.pt"))
+    y = y.flatten(1)
+    late = x[:2].double()
+    late[..., 3] += 1e15                                                    # ns since an epoch
+    front = F.pad(x[3:8, :100], (0, 0, 50, 0), value=math.nan)
+    for name, part, ends in (("a", late, y[:2]), ("b", x[2:3, :300], y[2:3]), ("c", front, y[3:8])):
+        torch.save({"x_data": part, "y_data": ends}, tmp_path / f"{name}.pt")
+    events = train_muon_dsa.Events(str(tmp_path / "?.pt"))
+    batch, _ = events.batch([0, 2, 3], "cpu")
+    assert batch.shape == (3, 400, 5) and batch[1, 300:].isnan().all() and len(set(events.key)) == 8
+    times = x[0, :, 3].double() - x[0, :, 3].min()
+    assert (batch[0, :, 3] - times).abs().max() < 0.2  # 1e15 in float64 has an eighth of a ns
+    x[..., 4] -= 5                                                          # a pedestal taken off: below zero
+    torch.save({"x_data": F.pad(x[:1], (0, 0, 0, 9), value=math.nan)}, tmp_path / "d.pt")
+    monkeypatch.setattr(train_muon_dsa, "SEQ_LEN", 399)
+    assert train_muon_dsa.Events(str(tmp_path / "d.pt"), False).batch([0], "cpu")[0].isfinite().all()
+
+
+def test_a_model_is_scored_with_its_own_classes_hits_and_steps(train_muons, muons, tmp_path, capsys):
+    x, y = fit_muons.read(str(muons / "more-*.pt"))
+    torch.save({"x_data": x, "y_data": torch.arange(40) % 3}, tmp_path / "labels.pt")
+    words = dict(DATA=str(tmp_path / "labels.pt"), VALID_SHARE=0.2, TEST_SHARE=0.2, STEPS=2)
+    train_muons(TASK="classification", N_CLASSES=3, CONTEXT=0, **words)
+    assert "accuracy" in train_muons(EVAL=str(tmp_path / "labels.pt"))
+    train_muons(REFINE=0, SEQ_LEN=100, STEPS=2)
+    one = train_muons(EVAL=str(muons / "more-*.pt"), SEQ_LEN=2_000)         # not given on the command line
+    assert "first_entry_cm" not in one
+    torch.save({"x_data": x[:3], "y_data": y[:3].flatten(1)}, tmp_path / "known.pt")
+    train_muons(EVAL=str(tmp_path / "known.pt"))
+    with_ends = np.load(tmp_path / "run/predictions.npz")["entry"]
+    torch.save({"x_data": x[:3]}, tmp_path / "knot.pt")
+    assert train_muons(EVAL=str(tmp_path / "kno?*.pt")) == {"events": 6}
+    assert "knot.pt has no y_data: nothing is scored" in capsys.readouterr().out
+    np.testing.assert_allclose(np.load(tmp_path / "run/predictions.npz")["entry"][:3], with_ends, atol=1e-4)
+    assert "first_entry_cm" in train_muons(EVAL=str(tmp_path / "known.pt"), FIT_STEPS=2)
+    fitted = np.load(tmp_path / "run/predictions.npz")["entry"]
+    assert np.abs(fitted - with_ends).max() > 0.01
+
+
+def test_weights_of_another_size_to_begin_with_are_one_sentence(train_muons, tmp_path):
+    train_muons(STEPS=1)
+    with pytest.raises(common.BadInput, match=r"INIT .* has other sizes .*'dim': \(24, 48\)"):
+        train_muons(INIT=str(tmp_path / "run"), OUT=str(tmp_path / "two"), DIM=48)
+
+
+def test_one_event_is_scored_by_two_processes(train_muons, muons, tmp_path):
+    train_muons(STEPS=1)
+    x, y = fit_muons.read(str(muons / "more-*.pt"))
+    torch.save({"x_data": x[:1], "y_data": y[:1].flatten(1)}, tmp_path / "one.pt")
+    alone = train_muons(EVAL=str(tmp_path / "one.pt"))
+    words = f"EVAL={tmp_path}/one.pt", f"OUT={tmp_path}/run"
+    finish(launch("train_muon_dsa.py", *words, ranks=2))
+    found = json.loads((tmp_path / "run/eval.json").read_text())
+    assert found["events"] == 1 and found["entry_cm"] == pytest.approx(alone["entry_cm"], rel=1e-2)
+
+
+def test_the_preset_gives_way_to_what_the_command_line_says(monkeypatch):
+    monkeypatch.setattr(train_muon_dsa, "PRESET", "seed")
+    assert train_muon_dsa.make_model().sizes["n_layers"] == 4
+    monkeypatch.setattr(train_muon_dsa, "N_LAYERS", 1)
+    monkeypatch.setattr(train_muon_dsa, "_given", {"N_LAYERS"}, raising=False)
+    sizes = train_muon_dsa.make_model().sizes
+    assert sizes["n_layers"] == 1 and sizes["norm"] == "post"
+
+
 def test_unseen_events_are_scored_and_predicted(train_muons, muons, tmp_path, monkeypatch):
     train_muons(STEPS=10)
     pattern = str(muons / "more-*.pt")
@@ -2088,8 +2218,13 @@ def test_unseen_events_are_scored_and_predicted(train_muons, muons, tmp_path, mo
             },
             "has a number that is not finite",
         ),
+        (lambda x, y: {"x_data": x[:, :9], "y_data": y}, "event 0 has fewer than 10"),
+        (lambda x, y: {"x_data": 100 * x, "y_data": y}, "are these centimetres?"),
+        (lambda x, y: {"x_data": x / 19.5, "y_data": y}, "a PMT is 1 from the centre, inside the"),
+        (lambda x, y: {"x_data": x * torch.tensor([1, 1, 1, 1e-9, 1]), "y_data": y}, "are these seconds?"),
+        (lambda x, y: {"x_data": x.to_sparse(), "y_data": y}, "it must be (N, T, 5) floats"),
         (lambda x, y: [x, y], "holds a list; a shard is a dict"),
-        (lambda x, y: {"x_data": x, "y_data": y, "code": Path("x")}, "cannot be read as tensors"),
+        (lambda x, y: {"x_data": x, "y_data": y, "code": Path("x")}, "(it holds a pathlib.PosixPath)"),
         (None, "no file matches"),
     ],
 )
@@ -2102,10 +2237,69 @@ def test_unusable_shards_are_one_sentence(train_muons, muons, tmp_path, change, 
     assert message in str(error.value)
 
 
+def test_labels_that_are_no_classes_are_one_sentence(train_muons, muons, tmp_path):
+    x, _ = fit_muons.read(str(muons / "muons-*.pt"))
+    for label in (0.5, math.nan, -1, 2):
+        torch.save({"x_data": x, "y_data": torch.full((len(x),), label)}, tmp_path / "bad.pt")
+        with pytest.raises(common.BadInput, match="they must be whole numbers from 0 to 1"):
+            train_muons(TASK="binary_classification", DATA=str(tmp_path / "bad.pt"))
+
+
+def test_the_fit_reads_what_the_network_reads_and_says_what_is_wrong(muons, tmp_path, monkeypatch):
+    x, y = fit_muons.read(str(muons / "more-*.pt"))
+    torch.save({"data": x[:2].double(), "targets": y[:2].flatten(1).double()}, tmp_path / "a.pt")
+    torch.save({"x_data": x[2:3, :300], "y_data": y[2:3].flatten(1)}, tmp_path / "b.pt")
+    again, ends = fit_muons.read(str(tmp_path / "[ab].pt"))
+    assert again.shape == (3, 400, 5) and again[2, 300:].isnan().all() and torch.equal(ends, y[:3])
+    assert torch.equal(again[:2], x[:2]) and torch.equal(again[2, :300], x[2, :300])
+    torch.save({"x_data": x}, tmp_path / "blind.pt")
+    torch.save([x], tmp_path / "list.pt")
+    for name, value, message in (
+        ("DATA", "list.pt", "holds a list"), ("CALIBRATION", "blind.pt", "has no y_data"),
+        ("BATCH", 0, "BATCH 0 must be"), ("ITERATIONS", -1, "ITERATIONS -1 must be"),
+        ("EVENTS", -1, "EVENTS -1 must be"), ("INDEX_IN", 1.0, "INDEX_IN 1.0 must be"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(fit_muons, "DATA", str(tmp_path / "a.pt"))
+            patch.setattr(fit_muons, name, str(tmp_path / value) if isinstance(value, str) else value)
+            with pytest.raises(common.BadInput, match=message):
+                fit_muons.main()
+
+
+def test_padding_of_any_kind_does_not_change_the_fit(muons):
+    x, _ = fit_muons.read(str(muons / "more-*.pt"))
+    x = x[:4].clone()
+    x[1, 100:] = math.nan
+    calibration = train_muon_dsa.calibration(torch.device("cpu"))
+    found = fit_muons.fit(x, calibration)
+    apart = torch.stack([x, torch.full_like(x, math.nan)], 2).flatten(1, 2)
+    close(fit_muons.fit(F.pad(apart, (0, 0, 1_000, 0), value=math.nan), calibration), found, 1e-3)
+    few = torch.where((torch.arange(400) % 40 == 3)[None, :, None], x[:1], math.nan)     # ten hits, far apart
+    assert fit_muons.fit(few, calibration).isfinite().all()
+
+
+def test_an_answer_that_is_no_number_is_a_failure():
+    found = {k: torch.tensor([1.0, math.nan]).double() for k in ("angle_deg", "dD_cm", "entry_cm", "exit_cm")}
+    assert fit_muons.summary(found)["failures"] == 1
+    assert fit_muons.summary(found | {"angle_deg": torch.tensor([6.0, 1.0]).double()})["failures"] == 2
+
+
 @pytest.mark.parametrize(
     "constants, message",
     [
         (dict(DENSITY=(0.1, 0.0)), "DENSITY (0.1, 0.0) must be two shares"),
+        (dict(DENSITY=("a", 1)), "DENSITY ('a', 1) must be two shares"),
+        (dict(READ=0), "READ 0 must be at least 10"),
+        (dict(SEQ_LEN=1), "SEQ_LEN 1 must be at least 10"),
+        (dict(HIT_DIM=0), "HIT_DIM 0 must be at least 1"),
+        (dict(MODES=-1), "MODES -1 must be at least 0"),
+        (dict(INDEX_SPREAD=-0.1), "INDEX_SPREAD -0.1 must be at least 0"),
+        (dict(SEED=-1), "SEED -1 must be at least 0"),
+        (dict(N_CLASSES=1), "N_CLASSES 1 must be at least 2"),
+        (dict(REFINE=0, REFINED=1.0), "REFINED 1.0 trains through the steps of REFINE"),
+        (dict(LIKELIHOOD=0.0), "REFINE 4 steps need a likelihood"),
+        (dict(VALID_SHARE=0.0), "VALID_SHARE 0.0"),
+        (dict(EVAL="x", MICRO_BATCH=0), "there is no checkpoint"),
         (dict(TASK="x"), "TASK 'x' is not one of"),
         (dict(DIM=25), "DIM 25 must be a positive multiple of 4"),
         (dict(BATCH=4_000), "smaller BATCH 4000"),
