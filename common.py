@@ -2727,7 +2727,7 @@ class DynamicSparseAttention(nn.Module):
         scores = torch.where(real.any(1)[:, None, None, None], scores, torch.zeros_like(scores))
         logs = scores.log_softmax(-1)                                                   # (B, H, NI, N)
 
-        K = min(N, math.ceil(float(self.density) * N - 1e-4))              # 0.1 in float32 is more than 0.1
+        K = most = min(N, math.ceil(float(self.density) * N - 1e-4))       # 0.1 in float32 is more than 0.1
         enough = real.sum(1).clamp(max=self.min_connections)[:, None, None, None]
         while True:
             top, chosen = logs.topk(K, -1)
@@ -2737,7 +2737,8 @@ class DynamicSparseAttention(nn.Module):
                 break
             K = min(N, 2 * K)  # blocks of few real hits
         above = top - top[..., :1].detach() + self.log_temperature.exp()[:, None, None]
-        hard = ((above >= 0) | (before < enough)) & (top > -math.inf)
+        within = (above >= 0) & (torch.arange(K, device=q.device) < most)
+        hard = (within | (before < enough)) & (top > -math.inf)
         soft = torch.sigmoid(above)
         gate = torch.where(hard, soft - soft.detach(), -math.inf).to(q.dtype)
 

@@ -1782,6 +1782,81 @@ def test_dsa_loss_has_the_gradient_of_finite_differences():
     close(common.DSALoss(0.3)(torch.tensor([2.0]), [perfect]), torch.tensor([2.0]), 1e-6)
 
 
+def test_blocks_are_chosen_and_counted_as_by_hand():
+    module, x, real = dsa(0.2, min_connections=20)
+    module.log_temperature.data.copy_(torch.tensor([-1.0, 0.5, 3.0]))
+    q, k, v = module.qkv(x).view(2, 256, 3, 3, 4).permute(2, 0, 3, 1, 4)
+    bias = module.importance(x).transpose(1, 2).masked_fill(~real[:, None], -math.inf)
+    chosen, gate, found = module.choose(q, k, bias, real, 32)
+    for b in range(2):
+        alive = [j for j in range(32) if real[b, 8 * j:8 * j + 8].any()]
+        active = retained = entropy = 0.0
+        for h, i in ((h, i) for h in range(3) for i in range(8)):
+            def moments(z, begin, end, b=b, h=h):
+                part = z[b, h, begin:end][real[b, begin:end]]
+                return part.mean(0), part.var(0, correction=0)
+            queries = int(real[b, 32 * i:32 * i + 32].sum())
+            if not queries:
+                continue
+            mq, vq = moments(q, 32 * i, 32 * i + 32)
+            scores = torch.full((32,), -math.inf, dtype=torch.double)
+            for j in alive:
+                mk, vk = moments(k, 8 * j, 8 * j + 8)
+                weight = bias[b, h, 8 * j:8 * j + 8].logsumexp(0)
+                scores[j] = mq @ mk / 2 + (mq.square() @ vk + vq @ mk.square()) / 8 + weight
+            p, kept, keys = scores.softmax(0), [], 0
+            for j in scores.argsort(descending=True).tolist():  # 7 of 32, more only for too few keys
+                near = scores.max() - scores[j] <= module.log_temperature[h].exp()
+                if scores[j] > -math.inf and (keys < 20 or near and len(kept) < 7):
+                    kept.append(j)
+                    keys += int(real[b, 8 * j:8 * j + 8].sum())
+            assert sorted(chosen[b, h, i][gate[b, h, i] > -math.inf].tolist()) == sorted(kept)
+            share = queries / int(real[b].sum()) / 3
+            active += queries * keys
+            retained += float(p[kept].sum()) * share
+            entropy -= float((p[alive] * p[alive].log()).sum()) / math.log(32) * share
+        close(found["active_connections"][b].item(), active, 1e-9)
+        close(found["retained_information"][b].item(), retained, 1e-9)
+        close(found["entropy"][b].item(), entropy, 1e-9)
+        close(found["sparsity_ratio"][b].item(), 1 - active / (3 * int(real[b].sum()) ** 2), 1e-9)
+
+
+def test_a_neighbour_of_few_hits_lets_no_more_connections_stay():
+    module, x, real = dsa(0.2, min_connections=30)
+    module.log_temperature.data.fill_(9.0)
+    real[:] = True
+    alone, found = module(x[:1], real[:1], 32)
+    real[1] = torch.arange(256) % 8 == 0                                    # blocks of one hit: it needs 30
+    both, together = module(x, real, 32)
+    close(both[:1], alone, 1e-9)
+    close(together["active_connections"][:1], found["active_connections"], 1e-9)
+
+
+def test_an_event_without_hits_is_zero_and_leaves_gradients_finite():
+    module, x, real = dsa(0.2)
+    real[1] = False
+    for dense in (False, True):
+        y, found = module(x, real, 32, dense)
+        assert not y[1].any() and all(v.isfinite().all() for v in found.values())
+        total = y.sum() + sum(v.sum() for v in found.values())
+        gradients = torch.autograd.grad(total, [x, *module.parameters()], allow_unused=True)
+        assert all(g is None or g.isfinite().all() for g in gradients)
+
+
+def test_neighbours_share_a_block_of_the_order():
+    torch.manual_seed(0)
+    points = F.normalize(torch.randn(2, 1_000, 3), dim=-1)
+    real = torch.ones(2, 1_000).bool()
+    real[1, 700:] = False
+    index = common.place_order(points, real, 64)
+    for b, n in ((0, 1_000), (1, 700)):
+        assert sorted(i for i in index[b].tolist() if i < 1_000) == list(range(n))
+        leaves = [points[b, leaf[leaf < 1_000]] for leaf in index[b].view(64, -1)]
+        assert max(map(len, leaves)) - min(map(len, leaves)) <= 1
+        widths = [float((leaf - leaf.mean(0)).norm(dim=-1).max()) for leaf in leaves]
+        assert sorted(widths)[32] < 0.3                                     # a 64th of the sphere: 0.25
+
+
 def test_a_density_that_divides_the_blocks_is_met_exactly():
     module, x, real = dsa(0.3)
     module.log_temperature.data.fill_(9.0)
