@@ -2722,7 +2722,6 @@ class DynamicSparseAttention(nn.Module):
         left = torch.cat([mean_q * E ** -0.5, mean_q.square() / (2 * E), var_q / (2 * E)], -1)
         right = torch.cat([mean_k, var_k, mean_k.square()], -1)
         weight = bias.to(wide).view(B, H, N, -1).logsumexp(-1)                          # of all its keys
-        weight = weight.masked_fill(n_k[:, None] == 0, -math.inf)
         scores = left @ right.mT + weight[:, :, None]
         scores = torch.where(real.any(1)[:, None, None, None], scores, torch.zeros_like(scores))
         logs = scores.log_softmax(-1)                                                   # (B, H, NI, N)

@@ -1777,6 +1777,9 @@ def test_dsa_loss_has_the_gradient_of_finite_differences():
         layers = [dict(zip(names, values[i:i + 3], strict=True)) for i in (0, 3)]
         return common.DSALoss(0.3, 0.7, 0.5, 0.2)(task, layers)
     assert torch.autograd.gradcheck(loss, (task, *values))
+    found = {k: torch.tensor([v]) for k, v in zip(names, (0.5, 0.8, 0.4), strict=True)}
+    by_hand = 2 + 0.7 * 0.2 ** 2 / 0.3 ** 2 + 0.5 * 0.2 + 0.2 * 0.4
+    close(common.DSALoss(0.3, 0.7, 0.5, 0.2)(torch.tensor([2.0]), [found] * 2), torch.tensor([by_hand]), 1e-6)
     perfect = {"sparsity_ratio": torch.tensor([0.7]), "retained_information": torch.tensor([1.0]),
                "entropy": torch.tensor([0.0])}
     close(common.DSALoss(0.3)(torch.tensor([2.0]), [perfect]), torch.tensor([2.0]), 1e-6)
@@ -1785,6 +1788,8 @@ def test_dsa_loss_has_the_gradient_of_finite_differences():
 def test_blocks_are_chosen_and_counted_as_by_hand():
     module, x, real = dsa(0.2, min_connections=20)
     module.log_temperature.data.copy_(torch.tensor([-1.0, 0.5, 3.0]))
+    module.importance.weight.data.mul_(0.1)                                 # so that queries differ
+    module.qkv.weight.data.mul_(4)
     q, k, v = module.qkv(x).view(2, 256, 3, 3, 4).permute(2, 0, 3, 1, 4)
     bias = module.importance(x).transpose(1, 2).masked_fill(~real[:, None], -math.inf)
     chosen, gate, found = module.choose(q, k, bias, real, 32)
@@ -2147,6 +2152,25 @@ def test_the_seed_preset_and_other_tasks_train(train_muons, muons, tmp_path):
             TASK=task, DATA=str(tmp_path / "labels.pt"), STEPS=40, FRAME="detector", AUGMENT=False
         )
         assert found["test_accuracy"] > found["test_majority"] + 0.1
+
+
+@pytest.mark.parametrize("constants", [
+    dict(READOUT="last"), dict(ATTENTION="dense"), dict(LIKELIHOOD=0.0, REFINE=0),
+    dict(LIKELIHOOD=0.0, REFINED=1.0), dict(REFINE=0, MODES=0), dict(TASK="classification", READOUT="last"),
+    dict(SPARSITY=0.0, RETENTION=0.0, ENTROPY=0.0, CONTEXT=0),
+], ids=str)
+def test_every_trained_muon_weight_gets_a_gradient(train_muons, muons, tmp_path, monkeypatch, constants):
+    """Several processes wait for every one of them."""
+    def once(run, net, optimizers, batches, loss_of, *rest):
+        loss_of(batches[0])[0].backward()
+        assert not [n for n, p in net.named_parameters() if p.requires_grad and p.grad is None]
+        raise InterruptedError("seen")
+    x, _ = fit_muons.read(str(muons / "muons-*.pt"))
+    torch.save({"x_data": x, "y_data": torch.arange(len(x)) % 2}, tmp_path / "labels.pt")
+    data = {"DATA": str(tmp_path / "labels.pt")} if "TASK" in constants else {}
+    monkeypatch.setattr(common, "update", once)
+    with pytest.raises(InterruptedError, match="seen"):
+        train_muons(VALID_EVENTS=1, **constants, **data)
 
 
 def test_interrupted_muon_run_goes_on_bit_for_bit(train_muons, tmp_path):

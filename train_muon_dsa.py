@@ -452,6 +452,9 @@ def make_model():
     model = MuonNet(**sizes)
     if TASK != "regression" or not LIKELIHOOD and not (REFINE and REFINED):
         model.hits.requires_grad_(False)                 # nothing in the loss asks for it
+    if READOUT == "last":
+        for part in (model.pools, model.pooled):
+            part.requires_grad_(False)
     if ATTENTION == "dense":
         for layer in model.layers:
             layer.attention.log_temperature.requires_grad_(False)
