@@ -1920,6 +1920,32 @@ def test_events_without_charge_have_finite_answers(charge):
     assert model(x, refine=2)["refined"].isfinite().all()
 
 
+def test_the_likelihood_of_true_tracks_knows_no_absolute_time_and_no_padding():
+    torch.manual_seed(0)
+    model, x = train_muon_dsa.MuonNet(seq_len=400).double(), random_hits(2, 400, torch.double)
+    for p in model.hits.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    model.index_spread.fill_(0.03)
+    y = fit_muons.on_sphere(torch.randn(2, 2, 3, dtype=torch.double))
+    out = {"context": torch.randn(2, 16, dtype=torch.double)}
+    later = F.pad(x + torch.tensor([0, 0, 0, 5_000.0, 0]), (0, 0, 5, 20), value=math.nan)
+    loss = train_muon_dsa.hits_loss(model, out, x, y)
+    close(train_muon_dsa.hits_loss(model, out, later, y), loss, 1e-6)
+
+
+def test_turned_events_keep_their_distances_and_half_are_mirrored(monkeypatch):
+    x = random_hits(40, 20, torch.double)
+    y = fit_muons.on_sphere(torch.randn(40, 2, 3, dtype=torch.double))
+    monkeypatch.setattr(train_muon_dsa, "TASK", "regression")
+    turned, ends = train_muon_dsa.turned(x, y, np.random.default_rng(0))
+    for before, after in (((x, y), (turned, ends)), ((x, x), (turned, turned))):
+        close(*(torch.cdist(a[..., :3], b[..., :3]) for a, b in (before, after)), 1e-6)
+    assert torch.equal(turned[..., 3:], x[..., 3:])
+    hands = [float(torch.linalg.det(after[:3, :3]) / torch.linalg.det(before[:3, :3]))
+             for before, after in zip(x, turned, strict=True)]
+    assert 10 < sum(h > 0 for h in hands) < 30 and np.allclose(np.abs(hands), 1)
+
+
 def test_turning_an_event_turns_its_track():
     model = train_muon_dsa.MuonNet(seq_len=400).double()
     x = random_hits(2, 400, torch.double)
@@ -2203,6 +2229,8 @@ def test_muon_events_are_split_alike_however_files_hold_them(muons, tmp_path, mo
     assert one.fingerprint() == many.fingerprint()
     for a, b in zip(one.split(), many.split(), strict=True):
         assert torch.equal(one.batch(a, "cpu")[0], many.batch(b, "cpu")[0])
+    train, valid, test = map(set, one.split())
+    assert train | valid | test == set(range(len(x))) and not (train & valid or train & test or valid & test)
     assert len(train_muon_dsa.Events(str(tmp_path / "half.pt"))) == len(x)
     monkeypatch.setattr(train_muon_dsa, "SEQ_LEN", 100)
     few = one.batch([0], "cpu")[0]
