@@ -1028,7 +1028,7 @@ def mass_held(model, x):
         held = ideal = 0.0
         for b in range(B):
             weights = (q[b] @ k[b].mT / math.sqrt(q.shape[-1]) + bias[b, :, None]).softmax(-1)    # (H, P, P)
-            kept = torch.zeros(*chosen[b].shape[:2], N, dtype=torch.bool)
+            kept = torch.zeros(*chosen[b].shape[:2], N, dtype=torch.bool, device=x.device)
             kept = kept.scatter(2, chosen[b], gate[b] > -math.inf)
             keys = kept.repeat_interleave(P // NI, 1).repeat_interleave(P // N, 2) & real[b]
             seen = real[b].float()

@@ -674,7 +674,7 @@ def save_best(run: Run, out: str | Path, step: int, model: nn.Module, metrics: d
 def load(path: str | Path) -> dict:
     """A checkpoint file of ours as a dict on the CPU; raises BadInput if missing, damaged or foreign."""
     if not Path(path).is_file():
-        raise BadInput(f"there is no checkpoint {path}; train first, for example: python train_pretrain.py")
+        raise BadInput(f"there is no checkpoint {path}; train first, or name the folder of a trained model")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for a damaged or hostile file
@@ -2673,10 +2673,11 @@ class DynamicSparseAttention(nn.Module):
 
     Importance of a block of keys: attention × learned importance, without the (P, P) scores. A key's learned
     importance e^a, a linear in the hit, is part of its weight, too; a block's attention is that of its mean
-    and variances (second cumulant of the scores). Of the density × N blocks of largest importance those stay
-    that are within a factor e^temperature of the largest; temperature (H,) is learned, through gates that are
-    hard forward and sigmoids backward (straight-through, arXiv 1308.3432), renormalised over what stays. The
-    same in training and inference; x is in place_order. density 1 and a large temperature: dense attention.
+    and variances (second cumulant of the scores). Of the ⌈density × N⌉ blocks of largest importance those
+    stay that are within a factor e^temperature of the largest; temperature (H,) is learned, through gates
+    that are hard forward and sigmoids backward (straight-through, arXiv 1308.3432), renormalised over what
+    stays. The same in training and inference; x is in place_order. density 1 and a large temperature: dense
+    attention.
     """
 
     def __init__(self, dim: int, n_heads: int, head_dim: int = 0, min_connections: int = 16,
@@ -2721,12 +2722,11 @@ class DynamicSparseAttention(nn.Module):
         left = torch.cat([mean_q * E ** -0.5, mean_q.square() / (2 * E), var_q / (2 * E)], -1)
         right = torch.cat([mean_k, var_k, mean_k.square()], -1)
         weight = bias.to(wide).view(B, H, N, -1).logsumexp(-1)                          # of all its keys
-        weight = weight.masked_fill(n_k[:, None] == 0, -math.inf)
         scores = left @ right.mT + weight[:, :, None]
         scores = torch.where(real.any(1)[:, None, None, None], scores, torch.zeros_like(scores))
         logs = scores.log_softmax(-1)                                                   # (B, H, NI, N)
 
-        K = min(N, math.ceil(float(self.density) * N))
+        K = most = min(N, math.ceil(float(self.density) * N - 1e-4))       # 0.1 in float32 is more than 0.1
         enough = real.sum(1).clamp(max=self.min_connections)[:, None, None, None]
         while True:
             top, chosen = logs.topk(K, -1)
@@ -2736,7 +2736,8 @@ class DynamicSparseAttention(nn.Module):
                 break
             K = min(N, 2 * K)  # blocks of few real hits
         above = top - top[..., :1].detach() + self.log_temperature.exp()[:, None, None]
-        hard = ((above >= 0) | (before < enough)) & (top > -math.inf)
+        within = (above >= 0) & (torch.arange(K, device=q.device) < most)
+        hard = (within | (before < enough)) & (top > -math.inf)
         soft = torch.sigmoid(above)
         gate = torch.where(hard, soft - soft.detach(), -math.inf).to(q.dtype)
 

@@ -1778,9 +1778,97 @@ def test_dsa_loss_has_the_gradient_of_finite_differences():
         layers = [dict(zip(names, values[i:i + 3], strict=True)) for i in (0, 3)]
         return common.DSALoss(0.3, 0.7, 0.5, 0.2)(task, layers)
     assert torch.autograd.gradcheck(loss, (task, *values))
+    found = {k: torch.tensor([v]) for k, v in zip(names, (0.5, 0.8, 0.4), strict=True)}
+    by_hand = 2 + 0.7 * 0.2 ** 2 / 0.3 ** 2 + 0.5 * 0.2 + 0.2 * 0.4
+    close(common.DSALoss(0.3, 0.7, 0.5, 0.2)(torch.tensor([2.0]), [found] * 2), torch.tensor([by_hand]), 1e-6)
     perfect = {"sparsity_ratio": torch.tensor([0.7]), "retained_information": torch.tensor([1.0]),
                "entropy": torch.tensor([0.0])}
     close(common.DSALoss(0.3)(torch.tensor([2.0]), [perfect]), torch.tensor([2.0]), 1e-6)
+
+
+def test_blocks_are_chosen_and_counted_as_by_hand():
+    module, x, real = dsa(0.2, min_connections=20)
+    module.log_temperature.data.copy_(torch.tensor([-1.0, 0.5, 3.0]))
+    module.importance.weight.data.mul_(0.1)                                 # so that queries differ
+    module.qkv.weight.data.mul_(4)
+    q, k, v = module.qkv(x).view(2, 256, 3, 3, 4).permute(2, 0, 3, 1, 4)
+    bias = module.importance(x).transpose(1, 2).masked_fill(~real[:, None], -math.inf)
+    chosen, gate, found = module.choose(q, k, bias, real, 32)
+    for b in range(2):
+        alive = [j for j in range(32) if real[b, 8 * j:8 * j + 8].any()]
+        active = retained = entropy = 0.0
+        for h, i in ((h, i) for h in range(3) for i in range(8)):
+            def moments(z, begin, end, b=b, h=h):
+                part = z[b, h, begin:end][real[b, begin:end]]
+                return part.mean(0), part.var(0, correction=0)
+            queries = int(real[b, 32 * i:32 * i + 32].sum())
+            if not queries:
+                continue
+            mq, vq = moments(q, 32 * i, 32 * i + 32)
+            scores = torch.full((32,), -math.inf, dtype=torch.double)
+            for j in alive:
+                mk, vk = moments(k, 8 * j, 8 * j + 8)
+                weight = bias[b, h, 8 * j:8 * j + 8].logsumexp(0)
+                scores[j] = mq @ mk / 2 + (mq.square() @ vk + vq @ mk.square()) / 8 + weight
+            p, kept, keys = scores.softmax(0), [], 0
+            for j in scores.argsort(descending=True).tolist():  # 7 of 32, more only for too few keys
+                near = scores.max() - scores[j] <= module.log_temperature[h].exp()
+                if scores[j] > -math.inf and (keys < 20 or near and len(kept) < 7):
+                    kept.append(j)
+                    keys += int(real[b, 8 * j:8 * j + 8].sum())
+            assert sorted(chosen[b, h, i][gate[b, h, i] > -math.inf].tolist()) == sorted(kept)
+            share = queries / int(real[b].sum()) / 3
+            active += queries * keys
+            retained += float(p[kept].sum()) * share
+            entropy -= float((p[alive] * p[alive].log()).sum()) / math.log(32) * share
+        close(found["active_connections"][b].item(), active, 1e-9)
+        close(found["retained_information"][b].item(), retained, 1e-9)
+        close(found["entropy"][b].item(), entropy, 1e-9)
+        close(found["sparsity_ratio"][b].item(), 1 - active / (3 * int(real[b].sum()) ** 2), 1e-9)
+
+
+def test_a_neighbour_of_few_hits_lets_no_more_connections_stay():
+    module, x, real = dsa(0.2, min_connections=30)
+    module.log_temperature.data.fill_(9.0)
+    real[:] = True
+    alone, found = module(x[:1], real[:1], 32)
+    real[1] = torch.arange(256) % 8 == 0                                    # blocks of one hit: it needs 30
+    both, together = module(x, real, 32)
+    close(both[:1], alone, 1e-9)
+    close(together["active_connections"][:1], found["active_connections"], 1e-9)
+
+
+def test_an_event_without_hits_is_zero_and_leaves_gradients_finite():
+    module, x, real = dsa(0.2)
+    real[1] = False
+    for dense in (False, True):
+        y, found = module(x, real, 32, dense)
+        assert not y[1].any() and all(v.isfinite().all() for v in found.values())
+        total = y.sum() + sum(v.sum() for v in found.values())
+        gradients = torch.autograd.grad(total, [x, *module.parameters()], allow_unused=True)
+        assert all(g is None or g.isfinite().all() for g in gradients)
+
+
+def test_neighbours_share_a_block_of_the_order():
+    torch.manual_seed(0)
+    points = F.normalize(torch.randn(2, 1_000, 3), dim=-1)
+    real = torch.ones(2, 1_000).bool()
+    real[1, 700:] = False
+    index = common.place_order(points, real, 64)
+    for b, n in ((0, 1_000), (1, 700)):
+        assert sorted(i for i in index[b].tolist() if i < 1_000) == list(range(n))
+        leaves = [points[b, leaf[leaf < 1_000]] for leaf in index[b].view(64, -1)]
+        assert max(map(len, leaves)) - min(map(len, leaves)) <= 1
+        widths = [float((leaf - leaf.mean(0)).norm(dim=-1).max()) for leaf in leaves]
+        assert sorted(widths)[32] < 0.3                                     # a 64th of the sphere: 0.25
+
+
+def test_a_density_that_divides_the_blocks_is_met_exactly():
+    module, x, real = dsa(0.3)
+    module.log_temperature.data.fill_(9.0)
+    real[:] = True
+    found = module(x[:, :240], real[:, :240], 10)[1]
+    close(1 - found["sparsity_ratio"], torch.full((2,), 0.3, dtype=torch.double), 1e-9)
 
 
 def test_density_falls_from_first_to_last(monkeypatch):
@@ -1811,6 +1899,52 @@ def test_order_padding_and_neighbours_of_hits_change_nothing():
     for name in ("ends", "refined", "context"):
         close(shuffled[name], whole[name][[2, 0, 1]], 1e-7)
         close(alone[name], whole[name][1:2], 1e-7)
+
+
+def test_order_of_hits_changes_nothing_where_times_are_equal():
+    torch.manual_seed(0)
+    model = train_muon_dsa.MuonNet(seq_len=400, read=100).double()
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    x = random_hits(2, 400, torch.double)
+    x[..., 3] = x[..., 3].round()                                           # as a clock of 1 ns has them
+    whole, shuffled = model(x, refine=3), model(x[:, torch.randperm(400)], refine=3)
+    for name in ("ends", "refined", "context"):
+        close(shuffled[name], whole[name], 1e-7)
+
+
+@pytest.mark.parametrize("charge", [0.0, -3.0])
+def test_events_without_charge_have_finite_answers(charge):
+    model = train_muon_dsa.MuonNet(seq_len=400)
+    x = random_hits(2, 400)
+    x[0, :, 4] = charge
+    assert model(x, refine=2)["refined"].isfinite().all()
+
+
+def test_the_likelihood_of_true_tracks_knows_no_absolute_time_and_no_padding():
+    torch.manual_seed(0)
+    model, x = train_muon_dsa.MuonNet(seq_len=400).double(), random_hits(2, 400, torch.double)
+    for p in model.hits.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    model.index_spread.fill_(0.03)
+    y = fit_muons.on_sphere(torch.randn(2, 2, 3, dtype=torch.double))
+    out = {"context": torch.randn(2, 16, dtype=torch.double)}
+    later = F.pad(x + torch.tensor([0, 0, 0, 5_000.0, 0]), (0, 0, 5, 20), value=math.nan)
+    loss = train_muon_dsa.hits_loss(model, out, x, y)
+    close(train_muon_dsa.hits_loss(model, out, later, y), loss, 1e-6)
+
+
+def test_turned_events_keep_their_distances_and_half_are_mirrored(monkeypatch):
+    x = random_hits(40, 20, torch.double)
+    y = fit_muons.on_sphere(torch.randn(40, 2, 3, dtype=torch.double))
+    monkeypatch.setattr(train_muon_dsa, "TASK", "regression")
+    turned, ends = train_muon_dsa.turned(x, y, np.random.default_rng(0))
+    for before, after in (((x, y), (turned, ends)), ((x, x), (turned, turned))):
+        close(*(torch.cdist(a[..., :3], b[..., :3]) for a, b in (before, after)), 1e-6)
+    assert torch.equal(turned[..., 3:], x[..., 3:])
+    hands = [float(torch.linalg.det(after[:3, :3]) / torch.linalg.det(before[:3, :3]))
+             for before, after in zip(x, turned, strict=True)]
+    assert 10 < sum(h > 0 for h in hands) < 30 and np.allclose(np.abs(hands), 1)
 
 
 def test_turning_an_event_turns_its_track():
@@ -1931,6 +2065,9 @@ def train_muons(train, muons):
         LR=5e-3,
         N_HEADS=4,
         HIT_DIM=24,
+        TASK="regression",  # these three are the checkpoint's in EVAL
+        N_CLASSES=2,
+        REFINE=4,
     )
     return lambda **constants: train(train_muon_dsa, **{**tiny, **constants})
 
@@ -1949,10 +2086,46 @@ def test_simulated_events_repeat_themselves_and_lie_on_the_sphere(muons, tmp_pat
     assert torch.equal(again[0], x[:14]) and torch.equal(again[1], y[:14])
 
 
+def test_simulated_files_of_other_settings_are_never_taken_for_these(muons, tmp_path, monkeypatch):
+    base = dict(DETECTOR="nominal", HITS=50, SHARD=4, EVENTS=6, SEED=6, NAME="some", WORKERS=1,
+                OUT=str(tmp_path), PMT_RADIUS=19.0)
+
+    def make(**changes):
+        with monkeypatch.context() as patch:
+            for name, value in (base | changes).items():
+                patch.setattr(simulate_muons, name, value)
+            simulate_muons.main()
+        return fit_muons.read(str(tmp_path / "some-*.pt"))[0]
+    first = make()
+    for changes, message in ((dict(DETECTOR="stressed"), "DETECTOR=nominal"), (dict(SEED=7), "SEED=6"),
+                             (dict(HITS=60), "HITS=50"), (dict(SHARD=2), "SHARD=4"),
+                             (dict(SEED=-1), "SEED -1"), (dict(WORKERS=-1), "WORKERS -1"),
+                             (dict(NAME="a/b"), "NAME 'a/b'")):
+        with pytest.raises(common.BadInput, match=message):
+            make(**changes)
+    more = make(EVENTS=8)                                                   # the last file had been half full
+    assert len(more) == 8 and torch.equal(more[:6], first)
+    assert not list(tmp_path.glob("*.unfinished"))
+    close(more[..., :3].norm(dim=-1), torch.full(more.shape[:2], 19.0), 1e-4)  # workers know every constant
+
+
+def test_an_unfinished_simulation_is_finished_by_the_next_run(tmp_path, monkeypatch):
+    folder, run, made = tmp_path / "data/muons", common.start(0, "float32"), []
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(train_muon_dsa, "__file__", str(tmp_path / "train_muon_dsa.py"))
+    monkeypatch.setattr(simulate_muons, "simulate", lambda *a, **k: made.append(k))
+    (folder / "muons-0000.pt").touch()
+    train_muon_dsa.simulated(run)
+    assert not made
+    (folder / "muons.unfinished").touch()
+    train_muon_dsa.simulated(run)
+    assert made[0]["EVENTS"] == train_muon_dsa.EVENTS
+    common.stop(run)
+
+
 def test_the_fit_finds_tracks_from_its_own_start_and_from_the_truth(muons):
     x, truth = fit_muons.read(str(muons / "more-*.pt"))
-    calibration = fit_muons.calibrate(*(fit_muons.calibration_events()[i] for i in (0, 1)),
-                                      torch.ones(200, simulate_muons.HITS).bool())
+    calibration = train_muon_dsa.calibration(torch.device("cpu"))
     found = fit_muons.summary(fit_muons.errors(fit_muons.fit(x, calibration), truth))
     assert found["failures"] <= 1 and found["angle_deg"][0] < 0.6 and found["entry_cm"][0] < 10
     near = fit_muons.fit(x, calibration, start=truth)
@@ -2008,6 +2181,25 @@ def test_the_seed_preset_and_other_tasks_train(train_muons, muons, tmp_path):
         assert found["test_accuracy"] > found["test_majority"] + 0.1
 
 
+@pytest.mark.parametrize("constants", [
+    dict(READOUT="last"), dict(ATTENTION="dense"), dict(LIKELIHOOD=0.0, REFINE=0),
+    dict(LIKELIHOOD=0.0, REFINED=1.0), dict(REFINE=0, MODES=0), dict(TASK="classification", READOUT="last"),
+    dict(SPARSITY=0.0, RETENTION=0.0, ENTROPY=0.0, CONTEXT=0),
+], ids=str)
+def test_every_trained_muon_weight_gets_a_gradient(train_muons, muons, tmp_path, monkeypatch, constants):
+    """Several processes wait for every one of them."""
+    def once(run, net, optimizers, batches, loss_of, *rest):
+        loss_of(batches[0])[0].backward()
+        assert not [n for n, p in net.named_parameters() if p.requires_grad and p.grad is None]
+        raise InterruptedError("seen")
+    x, _ = fit_muons.read(str(muons / "muons-*.pt"))
+    torch.save({"x_data": x, "y_data": torch.arange(len(x)) % 2}, tmp_path / "labels.pt")
+    data = {"DATA": str(tmp_path / "labels.pt")} if "TASK" in constants else {}
+    monkeypatch.setattr(common, "update", once)
+    with pytest.raises(InterruptedError, match="seen"):
+        train_muons(VALID_EVENTS=1, **constants, **data)
+
+
 def test_interrupted_muon_run_goes_on_bit_for_bit(train_muons, tmp_path):
     train_muons(OUT=str(tmp_path / "whole"))
     with pytest.raises(SystemExit):
@@ -2038,10 +2230,78 @@ def test_muon_events_are_split_alike_however_files_hold_them(muons, tmp_path, mo
     assert one.fingerprint() == many.fingerprint()
     for a, b in zip(one.split(), many.split(), strict=True):
         assert torch.equal(one.batch(a, "cpu")[0], many.batch(b, "cpu")[0])
+    train, valid, test = map(set, one.split())
+    assert train | valid | test == set(range(len(x))) and not (train & valid or train & test or valid & test)
     assert len(train_muon_dsa.Events(str(tmp_path / "half.pt"))) == len(x)
     monkeypatch.setattr(train_muon_dsa, "SEQ_LEN", 100)
     few = one.batch([0], "cpu")[0]
     assert few.shape == (1, 100, 5) and set(map(tuple, few[0].tolist())) <= set(map(tuple, x[0].tolist()))
+
+
+def test_files_of_other_lengths_and_clocks_are_read_together(muons, tmp_path, monkeypatch):
+    x, y = fit_muons.read(str(muons / "more-*.pt"))
+    y = y.flatten(1)
+    late = x[:2].double()
+    late[..., 3] += 1e15                                                    # ns since an epoch
+    front = F.pad(x[3:8, :100], (0, 0, 50, 0), value=math.nan)
+    for name, part, ends in (("a", late, y[:2]), ("b", x[2:3, :300], y[2:3]), ("c", front, y[3:8])):
+        torch.save({"x_data": part, "y_data": ends}, tmp_path / f"{name}.pt")
+    events = train_muon_dsa.Events(str(tmp_path / "?.pt"))
+    batch, _ = events.batch([0, 2, 3], "cpu")
+    assert batch.shape == (3, 400, 5) and batch[1, 300:].isnan().all() and len(set(events.key)) == 8
+    times = x[0, :, 3].double() - x[0, :, 3].min()
+    assert (batch[0, :, 3] - times).abs().max() < 0.2  # 1e15 in float64 has an eighth of a ns
+    x[..., 4] -= 5                                                          # a pedestal taken off: below zero
+    torch.save({"x_data": F.pad(x[:1], (0, 0, 0, 9), value=math.nan)}, tmp_path / "d.pt")
+    monkeypatch.setattr(train_muon_dsa, "SEQ_LEN", 399)
+    assert train_muon_dsa.Events(str(tmp_path / "d.pt"), False).batch([0], "cpu")[0].isfinite().all()
+
+
+def test_a_model_is_scored_with_its_own_classes_hits_and_steps(train_muons, muons, tmp_path, capsys):
+    x, y = fit_muons.read(str(muons / "more-*.pt"))
+    torch.save({"x_data": x, "y_data": torch.arange(40) % 3}, tmp_path / "labels.pt")
+    words = dict(DATA=str(tmp_path / "labels.pt"), VALID_SHARE=0.2, TEST_SHARE=0.2, STEPS=2)
+    train_muons(TASK="classification", N_CLASSES=3, CONTEXT=0, **words)
+    assert "accuracy" in train_muons(EVAL=str(tmp_path / "labels.pt"))
+    train_muons(REFINE=0, SEQ_LEN=100, STEPS=2)
+    one = train_muons(EVAL=str(muons / "more-*.pt"), SEQ_LEN=2_000)         # not given on the command line
+    assert "first_entry_cm" not in one
+    torch.save({"x_data": x[:3], "y_data": y[:3].flatten(1)}, tmp_path / "known.pt")
+    train_muons(EVAL=str(tmp_path / "known.pt"))
+    with_ends = np.load(tmp_path / "run/predictions.npz")["entry"]
+    torch.save({"x_data": x[:3]}, tmp_path / "knot.pt")
+    assert train_muons(EVAL=str(tmp_path / "kno?*.pt")) == {"events": 6}
+    assert "knot.pt has no y_data: nothing is scored" in capsys.readouterr().out
+    np.testing.assert_allclose(np.load(tmp_path / "run/predictions.npz")["entry"][:3], with_ends, atol=1e-4)
+    assert "first_entry_cm" in train_muons(EVAL=str(tmp_path / "known.pt"), FIT_STEPS=2)
+    fitted = np.load(tmp_path / "run/predictions.npz")["entry"]
+    assert np.abs(fitted - with_ends).max() > 0.01
+
+
+def test_weights_of_another_size_to_begin_with_are_one_sentence(train_muons, tmp_path):
+    train_muons(STEPS=1)
+    with pytest.raises(common.BadInput, match=r"INIT .* has other sizes .*'dim': \(24, 48\)"):
+        train_muons(INIT=str(tmp_path / "run"), OUT=str(tmp_path / "two"), DIM=48)
+
+
+def test_one_event_is_scored_by_two_processes(train_muons, muons, tmp_path):
+    train_muons(STEPS=1)
+    x, y = fit_muons.read(str(muons / "more-*.pt"))
+    torch.save({"x_data": x[:1], "y_data": y[:1].flatten(1)}, tmp_path / "one.pt")
+    alone = train_muons(EVAL=str(tmp_path / "one.pt"))
+    words = f"EVAL={tmp_path}/one.pt", f"OUT={tmp_path}/run"
+    finish(launch("train_muon_dsa.py", *words, ranks=2))
+    found = json.loads((tmp_path / "run/eval.json").read_text())
+    assert found["events"] == 1 and found["entry_cm"] == pytest.approx(alone["entry_cm"], rel=1e-2)
+
+
+def test_the_preset_gives_way_to_what_the_command_line_says(monkeypatch):
+    monkeypatch.setattr(train_muon_dsa, "PRESET", "seed")
+    assert train_muon_dsa.make_model().sizes["n_layers"] == 4
+    monkeypatch.setattr(train_muon_dsa, "N_LAYERS", 1)
+    monkeypatch.setattr(train_muon_dsa, "_given", {"N_LAYERS"}, raising=False)
+    sizes = train_muon_dsa.make_model().sizes
+    assert sizes["n_layers"] == 1 and sizes["norm"] == "post"
 
 
 def test_unseen_events_are_scored_and_predicted(train_muons, muons, tmp_path, monkeypatch):
@@ -2086,8 +2346,13 @@ def test_unseen_events_are_scored_and_predicted(train_muons, muons, tmp_path, mo
             },
             "has a number that is not finite",
         ),
+        (lambda x, y: {"x_data": x[:, :9], "y_data": y}, "event 0 has fewer than 10"),
+        (lambda x, y: {"x_data": 100 * x, "y_data": y}, "are these centimetres?"),
+        (lambda x, y: {"x_data": x / 19.5, "y_data": y}, "a PMT is 1 from the centre, inside the"),
+        (lambda x, y: {"x_data": x * torch.tensor([1, 1, 1, 1e-9, 1]), "y_data": y}, "are these seconds?"),
+        (lambda x, y: {"x_data": x.to_sparse(), "y_data": y}, "it must be (N, T, 5) floats"),
         (lambda x, y: [x, y], "holds a list; a shard is a dict"),
-        (lambda x, y: {"x_data": x, "y_data": y, "code": Path("x")}, "cannot be read as tensors"),
+        (lambda x, y: {"x_data": x, "y_data": y, "code": Path("x")}, "(it holds a pathlib.PosixPath)"),
         (None, "no file matches"),
     ],
 )
@@ -2100,10 +2365,69 @@ def test_unusable_shards_are_one_sentence(train_muons, muons, tmp_path, change, 
     assert message in str(error.value)
 
 
+def test_labels_that_are_no_classes_are_one_sentence(train_muons, muons, tmp_path):
+    x, _ = fit_muons.read(str(muons / "muons-*.pt"))
+    for label in (0.5, math.nan, -1, 2):
+        torch.save({"x_data": x, "y_data": torch.full((len(x),), label)}, tmp_path / "bad.pt")
+        with pytest.raises(common.BadInput, match="they must be whole numbers from 0 to 1"):
+            train_muons(TASK="binary_classification", DATA=str(tmp_path / "bad.pt"))
+
+
+def test_the_fit_reads_what_the_network_reads_and_says_what_is_wrong(muons, tmp_path, monkeypatch):
+    x, y = fit_muons.read(str(muons / "more-*.pt"))
+    torch.save({"data": x[:2].double(), "targets": y[:2].flatten(1).double()}, tmp_path / "a.pt")
+    torch.save({"x_data": x[2:3, :300], "y_data": y[2:3].flatten(1)}, tmp_path / "b.pt")
+    again, ends = fit_muons.read(str(tmp_path / "[ab].pt"))
+    assert again.shape == (3, 400, 5) and again[2, 300:].isnan().all() and torch.equal(ends, y[:3])
+    assert torch.equal(again[:2], x[:2]) and torch.equal(again[2, :300], x[2, :300])
+    torch.save({"x_data": x}, tmp_path / "blind.pt")
+    torch.save([x], tmp_path / "list.pt")
+    for name, value, message in (
+        ("DATA", "list.pt", "holds a list"), ("CALIBRATION", "blind.pt", "has no y_data"),
+        ("BATCH", 0, "BATCH 0 must be"), ("ITERATIONS", -1, "ITERATIONS -1 must be"),
+        ("EVENTS", -1, "EVENTS -1 must be"), ("INDEX_IN", 1.0, "INDEX_IN 1.0 must be"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(fit_muons, "DATA", str(tmp_path / "a.pt"))
+            patch.setattr(fit_muons, name, str(tmp_path / value) if isinstance(value, str) else value)
+            with pytest.raises(common.BadInput, match=message):
+                fit_muons.main()
+
+
+def test_padding_of_any_kind_does_not_change_the_fit(muons):
+    x, _ = fit_muons.read(str(muons / "more-*.pt"))
+    x = x[:4].clone()
+    x[1, 100:] = math.nan
+    calibration = train_muon_dsa.calibration(torch.device("cpu"))
+    found = fit_muons.fit(x, calibration)
+    apart = torch.stack([x, torch.full_like(x, math.nan)], 2).flatten(1, 2)
+    close(fit_muons.fit(F.pad(apart, (0, 0, 1_000, 0), value=math.nan), calibration), found, 1e-3)
+    few = torch.where((torch.arange(400) % 40 == 3)[None, :, None], x[:1], math.nan)     # ten hits, far apart
+    assert fit_muons.fit(few, calibration).isfinite().all()
+
+
+def test_an_answer_that_is_no_number_is_a_failure():
+    found = {k: torch.tensor([1.0, math.nan]).double() for k in ("angle_deg", "dD_cm", "entry_cm", "exit_cm")}
+    assert fit_muons.summary(found)["failures"] == 1
+    assert fit_muons.summary(found | {"angle_deg": torch.tensor([6.0, 1.0]).double()})["failures"] == 2
+
+
 @pytest.mark.parametrize(
     "constants, message",
     [
         (dict(DENSITY=(0.1, 0.0)), "DENSITY (0.1, 0.0) must be two shares"),
+        (dict(DENSITY=("a", 1)), "DENSITY ('a', 1) must be two shares"),
+        (dict(READ=0), "READ 0 must be at least 10"),
+        (dict(SEQ_LEN=1), "SEQ_LEN 1 must be at least 10"),
+        (dict(HIT_DIM=0), "HIT_DIM 0 must be at least 1"),
+        (dict(MODES=-1), "MODES -1 must be at least 0"),
+        (dict(INDEX_SPREAD=-0.1), "INDEX_SPREAD -0.1 must be at least 0"),
+        (dict(SEED=-1), "SEED -1 must be at least 0"),
+        (dict(N_CLASSES=1), "N_CLASSES 1 must be at least 2"),
+        (dict(REFINE=0, REFINED=1.0), "REFINED 1.0 trains through the steps of REFINE"),
+        (dict(LIKELIHOOD=0.0), "REFINE 4 steps need a likelihood"),
+        (dict(VALID_SHARE=0.0), "VALID_SHARE 0.0"),
+        (dict(EVAL="x", MICRO_BATCH=0), "there is no checkpoint"),
         (dict(TASK="x"), "TASK 'x' is not one of"),
         (dict(DIM=25), "DIM 25 must be a positive multiple of 4"),
         (dict(BATCH=4_000), "smaller BATCH 4000"),
@@ -3855,13 +4179,13 @@ def test_shards_cut_at_any_kilobyte_or_empty_are_named(train_muons, muons, tmp_p
     for size in range(0, len(data), 1024):
         (tmp_path / "cut.pt").write_bytes(data[:size])
         with pytest.raises(common.BadInput, match=r"cut\.pt cannot be read as tensors"):
-            train_muon_dsa.read_shard(tmp_path / "cut.pt")
+            fit_muons.read_shard(tmp_path / "cut.pt")
     for wrong, message in (({"x_data": x[:0], "y_data": y[:0].flatten(1)}, "no event"),
                            ({"x_data": x, "y_data": y.flatten(1) * math.nan}, "off the sphere|not finite"),
                            ({"x_data": x, "y_data": y.flatten(1).int()}, "y_data is torch.int32")):
         torch.save(wrong, tmp_path / "cut.pt")
         with pytest.raises(common.BadInput, match=message):
-            train_muon_dsa.read_shard(tmp_path / "cut.pt")
+            fit_muons.read_shard(tmp_path / "cut.pt")
 
 
 def test_bytes_and_muons_that_changed_under_an_unfinished_run_are_refused(train_bytes, train_muons, muons,

@@ -11,9 +11,7 @@ learned likelihood of the times of the first hits. Errors are in degrees and cm,
     python train_muon_dsa.py EVAL="new/*.pt" OUT=out/mine          scores, and writes predictions.npz
 """
 
-import dataclasses
 import functools
-import glob
 import hashlib
 import math
 import time
@@ -21,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 import common
@@ -92,9 +90,6 @@ FIT_STEPS = 0         # steps of data/fit_muons.py from the network's answer, wh
 WANDB = "disabled"    # "offline", "online"
 EVAL = ""             # shards to reconstruct with the best checkpoint in OUT instead of training
 
-RADIUS = simulate_muons.RADIUS
-N_FEATURES = 9
-
 
 # Data: shards stay on disk, events are found by (file, row).
 
@@ -102,21 +97,23 @@ class Events:
     """The events of some shards: hits (N, T, 5) and targets, read as they are asked for."""
 
     def __init__(self, pattern, need_targets=True):
-        paths = sorted(glob.glob(pattern))
-        if not paths:
-            raise common.BadInput(f"no file matches {pattern}; make some: python data/simulate_muons.py")
+        paths = fit_muons.find(pattern)
         self.x, self.y, self.key = [], [], []
         for path in paths:
-            x, y = read_shard(path, need_targets)
+            x, y = fit_muons.read_shard(path, n_classes())
+            if y is None and need_targets:
+                raise common.BadInput(f"{path} has no y_data (or targets); training needs them")
             self.x.append(x)
             self.y.append(y)
-        if any(y is None for y in self.y):
+        self.blind = [path for path, y in zip(paths, self.y, strict=True) if y is None]
+        if self.blind:
             self.y = None
         self.place = [(f, i) for f, x in enumerate(self.x) for i in range(len(x))]
         self.name = f"{len(paths)} files {pattern}"
-        for x in self.x:                                 # an event is known by its first and largest hits
-            some = np.ascontiguousarray(x[:, :8].float().numpy())
-            self.key += [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in some]
+        for x in self.x:                                 # an event is known by its first hits
+            for event, row in zip(x, x[:, :8].float().numpy(), strict=True):
+                row = row if np.isfinite(row).any() else event.float().numpy()
+                self.key.append(hashlib.blake2b(row.tobytes(), digest_size=8).digest())
 
     def __len__(self):
         return len(self.place)
@@ -137,8 +134,12 @@ class Events:
 
     def batch(self, indices, device):
         """(hits (n, T, 5) float32, NaN where none; targets or None), on the device."""
-        x = torch.stack([self.x[f][i] for f, i in (self.place[j] for j in indices)]).float()
-        x = fewer(x) if x.shape[1] > SEQ_LEN else x
+        rows = [self.x[f][i] for f, i in (self.place[j] for j in indices)]
+        longest = max(len(row) for row in rows)
+        x = torch.stack([F.pad(row, (0, 0, 0, longest - len(row)), value=math.nan) for row in rows])
+        if x.dtype == torch.float64:                     # times since an epoch need its digits
+            x[..., 3] -= x[..., 3].nan_to_num(math.inf).amin(1, keepdim=True)
+        x = fewer(x.float()) if longest > SEQ_LEN else x.float()
         y = None
         if self.y is not None:
             y = torch.stack([self.y[f][i] for f, i in (self.place[j] for j in indices)]).to(device)
@@ -146,67 +147,10 @@ class Events:
         return x.to(device, non_blocking=True), y
 
 
-def read_shard(path, need_targets=True):
-    """(x (N, T, 5), y or None) of a .pt file, memory-mapped; NaN rows are no hits. Says what is wrong."""
-    try:
-        found = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-    except Exception as error:
-        raise common.BadInput(f"{path} cannot be read as tensors ({common._first_line(error)}); a shard is "
-                              "torch.save of a dict with x_data and y_data, without other objects") from None
-    if not isinstance(found, dict):
-        raise common.BadInput(f"{path} holds a {type(found).__name__}; a shard is a dict with x_data, y_data")
-    x, y = (found.get(a, found.get(b)) for a, b in (("x_data", "data"), ("y_data", "targets")))
-    if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[2] != 5 or not x.is_floating_point():
-        shape = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else "missing"
-        raise common.BadInput(
-            f"{path}: x_data is {shape}; it must be (N, T, 5) floats: x, y, z [m], time [ns], charge [pe]"
-        )
-    if not x.numel():
-        raise common.BadInput(f"{path} has no event or no hit (x_data is {tuple(x.shape)}); remove it")
-    bad = (~x.isfinite()).any(-1) & x.isfinite().any(-1)
-    if bad.any():
-        event, hit = bad.nonzero()[0].tolist()
-        raise common.BadInput(
-            f"{path}: hit {hit} of event {event} has a number that is not finite; a row that "
-            "is no hit is NaN in all five"
-        )
-    empty = (~x.isfinite()).all(-1).sum(1) > x.shape[1] - min(10, x.shape[1])
-    if empty.any():
-        raise common.BadInput(f"{path}: event {int(empty.nonzero()[0])} has fewer than 10 hits; leave it out")
-    far = x[:, :, :3].float().norm(dim=-1).nan_to_num(0).amax()
-    if far > 10 * simulate_muons.PMT_RADIUS:
-        raise common.BadInput(
-            f"{path}: a PMT is {far:.4g} from the centre; positions are in metres (19.5): are "
-            "these millimetres? divide by 1000"
-        )
-    if y is None:
-        if need_targets:
-            raise common.BadInput(f"{path} has no y_data (or targets); training needs them")
-        return x, None
-    wanted = (len(x), 6) if TASK == "regression" else (len(x),)
-    if not isinstance(y, Tensor) or tuple(y.shape) != wanted:
-        shape = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-        raise common.BadInput(f"{path}: y_data is {shape}; TASK {TASK} needs {wanted}")
-    if TASK == "regression":
-        if not y.is_floating_point():
-            raise common.BadInput(f"{path}: y_data is {y.dtype}; entry and exit are floats, in metres")
-        off = (y.float().unflatten(1, (2, 3)).norm(dim=-1) - RADIUS).abs()
-        if not (off < 0.1).all():
-            event = int((~(off < 0.1)).any(1).nonzero()[0])
-            raise common.BadInput(
-                f"{path}: target {event} lies {float(off[event].max()):.4g} m off the sphere of "
-                f"{RADIUS} m; entry and exit are points on it, in metres"
-            )
-    elif y.min() < 0 or y.max() >= (2 if TASK == "binary_classification" else N_CLASSES):
-        raise common.BadInput(f"{path}: labels from {int(y.min())} to {int(y.max())}; TASK {TASK} has "
-                              f"{2 if TASK == 'binary_classification' else N_CLASSES} classes")
-    return x, y
-
-
 def fewer(x):
     """SEQ_LEN of the hits of x (n, T, 5): half the largest charges, and evenly of the rest by time."""
     half = SEQ_LEN // 2
-    order = x[..., 4].nan_to_num(-1).argsort(dim=1, descending=True, stable=True)
+    order = x[..., 4].nan_to_num(-math.inf).argsort(dim=1, descending=True, stable=True)
     real = x.isfinite().all(-1).sum(1)
     rows = []
     for row, index, n in zip(x, order, real.tolist(), strict=True):
@@ -246,14 +190,6 @@ def frames(x, real):
     )
     across = F.normalize(across, dim=-1)
     return torch.stack([across, torch.linalg.cross(z, across), z], 1), first
-
-
-def by_time(x):
-    """Hits (B, T, 5) in order of time, zeros where there is none, and which are real (B, T): those first."""
-    real = x.isfinite().all(-1)
-    order = torch.where(real, x[..., 3], math.inf).sort(dim=1, stable=True).indices
-    x = torch.where(real[..., None], x, torch.zeros_like(x)).gather(1, order[..., None].expand_as(x))
-    return x, real.gather(1, order)
 
 
 class Layer(nn.Module):
@@ -301,7 +237,7 @@ class HitTimes(nn.Module):
         with ends (B, T, 3); largest (B,) charge of the event, context (B, C)."""
         arrival, geometry = fit_muons.first_light(entry, exit, x[..., :3])
         charge = x[..., 4].clamp(min=0.3).log()
-        gap = (charge - largest[:, None].log()).clamp(min=-6)
+        gap = (charge - largest[:, None].clamp(min=0.3).log()).clamp(min=-6)
         light = torch.stack([charge / 3 - 2, gap / 3, (gap * 20).exp(), (geometry[..., 0] <= 0).to(gap),
                              (geometry[..., 0] >= 1).to(gap)], -1)
         h = F.silu(self.first(torch.cat([geometry, light], -1)) + self.context(context)[:, None])
@@ -330,18 +266,21 @@ class MuonNet(nn.Module):
     """Hits (B, T, 5) → ends (B, 2, 3) in m, or logits: transformer with dynamic sparsity attention over hits
     in place order, learned readout, Gauss-Newton steps on the hits' likelihood."""
 
+    n_features = 9
+
     def __init__(self, task="regression", n_outputs=6, dim=48, n_layers=2, n_heads=6, hidden_dim=192,
                  norm="pre", readout="learned", output="points", frame="canonical", min_connections=16,
-                 dense=False, context=16, hit_dim=48, n_mixture=3, seq_len=2_000, read=1_000, n_modes=4):
+                 dense=False, context=16, hit_dim=48, n_mixture=3, seq_len=2_000, read=1_000, n_modes=4,
+                 refine=4):
         super().__init__()
         self.sizes = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.task, self.readout, self.output, self.frame, self.dense = task, readout, output, frame, dense
         self.every = max(1, seq_len // read)
         self.blocks = 1 << max(0, round(math.log2(seq_len / self.every / 16)))      # of about 16 hits
-        self.register_buffer("mean", torch.zeros(N_FEATURES))
-        self.register_buffer("scale", torch.ones(N_FEATURES))
+        self.register_buffer("mean", torch.zeros(self.n_features))
+        self.register_buffer("scale", torch.ones(self.n_features))
         self.register_buffer("index_spread", torch.tensor(0.0))  # prior of the group index; 0: nominal
-        self.input = nn.Linear(N_FEATURES, dim)
+        self.input = nn.Linear(self.n_features, dim)
         self.layers = nn.ModuleList(Layer(dim, n_heads, hidden_dim, norm, min_connections)
                                     for _ in range(n_layers))
         self.norm = nn.LayerNorm(dim)
@@ -357,7 +296,7 @@ class MuonNet(nn.Module):
             self.head[2].bias.data[:6] = torch.tensor([0, 0, 1.0, 0, 0, -1.0])
 
     def features(self, x, real, rotation, first):
-        """(B, T, N_FEATURES): place, times on three scales, charge, charge against the event's."""
+        """(B, T, n_features): place, times on three scales, charge, charge against the event's."""
         place = x[..., :3] @ rotation.mT / simulate_muons.PMT_RADIUS
         late = x[..., 3] - first[:, None]
         charge = x[..., 4].clamp(min=0.3).log()
@@ -369,7 +308,7 @@ class MuonNet(nn.Module):
     def forward(self, x, refine=0, graph=False):
         """x (B, T, 5), NaN rows no hits → {"ends": first answer (B, 2, 3), "refined" after `refine` steps,
         "context", "statistics": a dict a layer}, or {"logits", ...}."""
-        x, real = by_time(x)
+        x, real = fit_muons.by_time(x)
         rotation, first = frames(x, real)
         if self.frame == "detector":
             rotation = torch.eye(3, device=x.device).expand_as(rotation)
@@ -380,7 +319,7 @@ class MuonNet(nn.Module):
             statistics.append(found)
         y = self.head(self.read(self.norm(h), present, features)).to(x.dtype)
         if self.task != "regression":
-            return {"logits": y[:, :-self.n_context], "statistics": statistics}
+            return {"logits": y[:, :y.shape[1] - self.n_context], "statistics": statistics}
         answer, context = y[:, :6].unflatten(1, (2, 3)), y[:, 6:]
         out = {"context": context, "statistics": statistics, "ends": self.ends(answer) @ rotation}
         if refine:
@@ -409,11 +348,12 @@ class MuonNet(nn.Module):
     def ends(self, answer):
         """Entry and exit (B, 2, 3) in m, in the event's frame, of the answer (B, 2, 3)."""
         if self.output == "raw":
-            return answer * RADIUS
+            return answer * simulate_muons.RADIUS
         if self.output == "points":
             return fit_muons.on_sphere(answer)
         entry, way = F.normalize(answer[:, 0], dim=-1), F.normalize(answer[:, 1], dim=-1)
-        return torch.stack([entry, entry - 2 * (entry * way).sum(-1, keepdim=True) * way], 1) * RADIUS
+        ends = torch.stack([entry, entry - 2 * (entry * way).sum(-1, keepdim=True) * way], 1)
+        return ends * simulate_muons.RADIUS
 
     def refine(self, ends, x, real, first, context, steps, graph=False):
         """Ends after Gauss-Newton steps on the likelihood of the times of hits x, in order of time."""
@@ -495,17 +435,26 @@ def remaining(late, found, gains):
     return late - found[:, :1] - (gains @ found[:, 1:, None])[..., 0]
 
 
+def n_classes():
+    """Of TASK; 0 for tracks."""
+    return {"regression": 0, "classification": N_CLASSES}.get(TASK, 2)
+
+
 def make_model():
     sizes = dict(task=TASK, n_outputs={"regression": 6, "classification": N_CLASSES}.get(TASK, 1), dim=DIM,
                  n_layers=N_LAYERS, n_heads=N_HEADS, hidden_dim=HIDDEN_DIM, norm=NORM, readout=READOUT,
                  output=OUTPUT, frame=FRAME, min_connections=MIN_CONNECTIONS, dense=ATTENTION == "dense",
                  context=CONTEXT, hit_dim=HIT_DIM, n_mixture=MIXTURE, seq_len=SEQ_LEN, read=READ,
-                 n_modes=MODES)
-    if PRESET == "seed":
-        sizes |= dict(dim=48, n_layers=4, n_heads=6, hidden_dim=192, norm="post")
+                 n_modes=MODES, refine=REFINE)
+    if PRESET == "seed":                                 # but for what the command line gives
+        old = dict(dim=48, n_layers=4, n_heads=6, hidden_dim=192, norm="post")
+        sizes |= {k: v for k, v in old.items() if k.upper() not in globals().get("_given", ())}
     model = MuonNet(**sizes)
     if TASK != "regression" or not LIKELIHOOD and not (REFINE and REFINED):
         model.hits.requires_grad_(False)                 # nothing in the loss asks for it
+    if READOUT == "last":
+        for part in (model.pools, model.pooled):
+            part.requires_grad_(False)
     if ATTENTION == "dense":
         for layer in model.layers:
             layer.attention.log_temperature.requires_grad_(False)
@@ -514,7 +463,7 @@ def make_model():
 
 def normalise(model, events, indices):
     """Mean and spread of the input features, of at most 500 training events."""
-    x, real = by_time(events.batch(indices[:500], "cpu")[0])
+    x, real = fit_muons.by_time(events.batch(indices[:500], "cpu")[0])
     rotation, first = frames(x, real)
     if FRAME == "detector":
         rotation = torch.eye(3).expand_as(rotation)
@@ -545,7 +494,7 @@ def distance(ends, y):
 
 def hits_loss(model, out, x, y):
     """Negative log-likelihood (B,) a hit of the true tracks, what event_time finds integrated out."""
-    x, real = by_time(x)
+    x, real = fit_muons.by_time(x)
     _, first = frames(x, real)
     late = (x[..., 3] - first[:, None]).clamp(-100, 600)
     entry, exit = (y[:, i, None].expand(-1, x.shape[1], -1) for i in (0, 1))
@@ -562,22 +511,29 @@ def hits_loss(model, out, x, y):
 
 
 @torch.no_grad()
-def predict(run, model, events, indices, keep=("ends",)):
-    """This process's share of the outputs for the events, a dict of tensors on the CPU, and the targets."""
+def predict(run, model, events, indices):
+    """The outputs for the events, a dict of tensors on the CPU, and the targets or None, on every process."""
     model.eval()
-    found, truth, mine = {}, [], indices[run.rank::run.world]
+    found, mine = {}, indices[run.rank::run.world]
     for i in range(0, len(mine), MICRO_BATCH):
         x, y = events.batch(mine[i:i + MICRO_BATCH], run.device)
         with run.autocast():
             out = model(x, REFINE if TASK == "regression" else 0)
-        if "refined" in out and FIT_STEPS:
-            out["fitted"] = fit_muons.fit(x, calibration(run.device), out["refined"], FIT_STEPS)
+        if FIT_STEPS and TASK == "regression":
+            start = fit_muons.on_sphere(out.get("refined", out["ends"]))
+            out["fitted"] = fit_muons.fit(x, calibration(run.device), start, FIT_STEPS)
         for name in ("ends", "refined", "fitted", "logits"):
             if name in out:
                 found.setdefault(name, []).append(out[name].float().cpu())
-        truth += [] if y is None else [y.cpu()]
+        found.setdefault("truth", []).extend([] if y is None else [y.cpu()])
     model.train()
-    return {k: torch.cat(v) for k, v in found.items()}, torch.cat(truth) if truth else None
+    found = {k: torch.cat(v) for k, v in found.items() if v}
+    if run.world > 1:                                    # a process may have had no event at all
+        parts = [None] * run.world
+        torch.distributed.all_gather_object(parts, found)
+        order = np.argsort(np.concatenate([np.arange(len(indices))[r::run.world] for r in range(run.world)]))
+        found = {k: torch.cat([part[k] for part in parts if k in part])[order] for k in parts[0]}
+    return found, found.pop("truth", None)
 
 
 @functools.cache
@@ -586,19 +542,9 @@ def calibration(device):
     return tuple(c.to(device) for c in fit_muons.calibrate(torch.nan_to_num(x), ends, x.isfinite().all(-1)))
 
 
-def gather(run, value):
-    """The tensors of all processes, one after the other, on every process."""
-    if run.world == 1:
-        return value
-    parts = [None] * run.world
-    torch.distributed.all_gather_object(parts, value)
-    return torch.cat(parts)
-
-
-def evaluate(run, model, events, indices):
-    """What a physicist asks for, of the last answer there is ("first_" before refinement), all events."""
-    found, truth = predict(run, model, events, indices)
-    found, truth = {k: gather(run, v) for k, v in found.items()}, gather(run, truth)
+def measure(found, truth):
+    """What a physicist asks for, of the last answer there is ("first_" before refinement), of what predict
+    found."""
     if TASK != "regression":
         logits = found["logits"]
         guess = logits.argmax(-1) if TASK == "classification" else (logits[:, 0] > 0).long()
@@ -608,7 +554,7 @@ def evaluate(run, model, events, indices):
     metrics = fit_muons.summary(fit_muons.errors(found[last], truth)) | {"events": len(truth)}
     first = fit_muons.summary(fit_muons.errors(found["ends"], truth))
     metrics |= {f"first_{k}": v for k, v in first.items()} if last != "ends" else {}
-    if last == "fitted":
+    if last == "fitted" and "refined" in found:
         between = fit_muons.summary(fit_muons.errors(found["refined"], truth))
         metrics |= {f"network_{k}": v for k, v in between.items()}
     return metrics
@@ -650,7 +596,7 @@ def plot_results(ends, truth, out):
     pyplot.close(figure)
     way = F.normalize(truth[:, 1] - truth[:, 0], dim=-1)
     closest = (truth[:, 0] - (truth[:, 0] * way).sum(-1, keepdim=True) * way).norm(dim=-1).numpy()
-    edges = np.linspace(0, RADIUS, 10)
+    edges = np.linspace(0, simulate_muons.RADIUS, 10)
     where = np.digitize(closest, edges) - 1
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.8))
     for axis, keys in ((axes[0], ["angle_deg"]), (axes[1], ["dD_cm", "entry_cm", "exit_cm"])):
@@ -661,7 +607,8 @@ def plot_results(ends, truth, out):
                 if points:
                     axis.plot(*zip(*points, strict=True), style, label=f"{names[key]}, {share:.0%}")
         axis.set(xlabel="closest approach to the centre [m]", yscale="log")
-        axis.legend(fontsize=7, framealpha=0.5)
+        if axis.lines:                                   # a handful of events fill no bin
+            axis.legend(fontsize=7, framealpha=0.5)
         axis.grid(alpha=0.3, which="both")
     figure.tight_layout()
     figure.savefig(Path(out) / "resolution.png", dpi=110)
@@ -708,7 +655,7 @@ def chosen_hits(model, x, place):
     model(x)
     handle.remove()
     (h, present, N, *_), = caught
-    x, real = by_time(x)
+    x, real = fit_muons.by_time(x)
     rotation, first = frames(x, real)
     if model.frame == "detector":
         rotation = torch.eye(3, device=x.device)[None]
@@ -728,23 +675,24 @@ def chosen_hits(model, x, place):
 
 def score():
     """EVAL: reconstruct shards with the best checkpoint in OUT; score them where they have targets."""
-    global TASK
     run = common.start(SEED, DTYPE)
     model = build(common.load(common.newest_checkpoint(OUT))).to(run.device)
-    TASK = model.task
+    sizes = model.sizes
+    trained = dict(SEQ_LEN=sizes["seq_len"], REFINE=sizes["refine"])
+    globals().update({k: v for k, v in trained.items() if k not in globals().get("_given", ())})
+    globals().update(TASK=model.task, N_CLASSES=max(2, sizes["n_outputs"]))
+    check_constants(run)
     events = Events(EVAL, need_targets=False)
-    indices = np.arange(len(events))
-    if events.y is not None:
-        found = evaluate(run, model, events, indices)
-    else:
-        found = {"events": len(events)}
+    if events.y is None and len(events.blind) < len(events.x):
+        run.say(f"{events.blind[0]} has no y_data: nothing is scored")
+    if FIT_STEPS and TASK == "regression":
+        calibration(run.device)
     begin = time.perf_counter()
-    answers, _ = predict(run, model, events, indices)
-    rate = len(indices) / (time.perf_counter() - begin)
-    answers = {k: gather(run, v) for k, v in answers.items()}
-    order = np.concatenate([indices[r::run.world] for r in range(run.world)])
-    answers = {k: v[np.argsort(order)].numpy() for k, v in answers.items()}
+    answers, truth = predict(run, model, events, np.arange(len(events)))
+    rate = len(events) / (time.perf_counter() - begin)
+    found = {"events": len(events)} if truth is None else measure(answers, truth)
     if run.first:
+        answers = {k: v.numpy() for k, v in answers.items()}
         last = [k for k in ("ends", "refined", "fitted", "logits") if k in answers][-1]
         arrays = {"logits": answers[last]} if last == "logits" else {"entry": answers[last][:, 0],
                                                                      "exit": answers[last][:, 1]}
@@ -768,8 +716,10 @@ def build(checkpoint):
 def simulated(run):
     """The pattern of the default data, made by data/simulate_muons.py where they are not there."""
     folder = Path(__file__).parent / "data" / "muons"
-    if not list(folder.glob("muons-*.pt")):
-        run.say(f"DATA is empty and {folder} holds no muons-*.pt: simulating {EVENTS} events of randomised "
+    files, unfinished = list(folder.glob("muons-*.pt")), (folder / "muons.unfinished").exists()
+    if not files or unfinished:
+        what = "an unfinished simulation" if unfinished else "no muons-*.pt"
+        run.say(f"DATA is empty and {folder} holds {what}: simulating {EVENTS} events of randomised "
                 "detectors; for more: python data/simulate_muons.py EVENTS=20000")
         if run.first:
             simulate_muons.simulate(folder, EVENTS=EVENTS, NAME="muons", DETECTOR="random")
@@ -781,13 +731,16 @@ def check_constants(run):
     common.divisible(
         MICRO_BATCH=(MICRO_BATCH, 1),
         STEPS=(STEPS, 1),
-        BATCH=(BATCH, run.world),
-        SEQ_LEN=(SEQ_LEN, 1),
+        BATCH=(BATCH, 1 if EVAL else run.world),
+        N_HEADS=(N_HEADS, 1),
         DIM=(DIM, N_HEADS),
+        HIDDEN_DIM=(HIDDEN_DIM, 1),
+        HIT_DIM=(HIT_DIM, 1),
         N_LAYERS=(N_LAYERS, 1),
         MIXTURE=(MIXTURE, 1),
         EVENTS=(EVENTS, 1),
     )
+    common.within(10, math.inf, SEQ_LEN=SEQ_LEN, READ=READ)
     common.within(
         0,
         math.inf,
@@ -808,10 +761,15 @@ def check_constants(run):
         RETENTION=RETENTION,
         ENTROPY=ENTROPY,
         VALID_EVENTS=VALID_EVENTS,
+        CONTEXT=CONTEXT,
+        MODES=MODES,
+        INDEX_SPREAD=INDEX_SPREAD,
+        SEED=SEED,
     )
     common.within(1, math.inf, MAX_BAD_STEPS=MAX_BAD_STEPS, MIN_CONNECTIONS=MIN_CONNECTIONS)
+    common.within(2, math.inf, N_CLASSES=N_CLASSES)
     common.within(0, 1, FLOOR=FLOOR, VALID_SHARE=VALID_SHARE, TEST_SHARE=TEST_SHARE)
-    if len(DENSITY) != 2 or not all(0 < d <= 1 for d in DENSITY):
+    if len(DENSITY) != 2 or not all(isinstance(d, float | int) and 0 < d <= 1 for d in DENSITY):
         raise common.BadInput(f"DENSITY {DENSITY} must be two shares above 0, at most 1")
     for name, value, allowed in (("TASK", TASK, ("regression", "classification", "binary_classification")),
                                  ("ATTENTION", ATTENTION, ("dsa", "dense")), ("NORM", NORM, ("pre", "post")),
@@ -820,6 +778,12 @@ def check_constants(run):
                                  ("FRAME", FRAME, ("canonical", "detector"))):
         if value not in allowed:
             raise common.BadInput(f"{name} {value!r} is not one of {', '.join(map(repr, allowed))}")
+    if TASK == "regression" and not EVAL and REFINE and not (LIKELIHOOD or REFINED):
+        raise common.BadInput(f"REFINE {REFINE} steps need a likelihood, which LIKELIHOOD 0 and REFINED 0 do "
+                              "not train; give REFINE=0, too")
+    if TASK == "regression" and REFINED and not REFINE:
+        raise common.BadInput(f"REFINED {REFINED} trains through the steps of REFINE, which is 0; give "
+                              "REFINED=0")
 
 
 def main():
@@ -832,13 +796,20 @@ def main():
     if len(train) < BATCH or not len(valid) or not len(test):
         raise common.BadInput(
             f"{len(events)} events of {events.name} give {len(train)} to train on, {len(valid)} "
-            f"and {len(test)} to validate and test; more are needed, or a smaller BATCH {BATCH}"
+            f"and {len(test)} to validate and test; more are needed, or a smaller BATCH {BATCH}, or other "
+            f"shares VALID_SHARE {VALID_SHARE}, TEST_SHARE {TEST_SHARE}"
         )
 
     model = make_model()
     normalise(model, events, train)
     if INIT:
-        model.load_state_dict(common.load(common.newest_checkpoint(INIT))["model"])
+        found = build(common.load(common.newest_checkpoint(INIT)))
+        other = {k: (v, model.sizes[k]) for k, v in found.sizes.items() if v != model.sizes[k]}
+        try:
+            model.load_state_dict(found.state_dict())
+        except RuntimeError:
+            raise common.BadInput(f"INIT {INIT} has other sizes (there, here): {other}; give the "
+                                  "same") from None
     model = model.to(run.device)
     optimizers = common.make_optimizers(model, OPTIMIZER, LR, MUON_LR, WEIGHT_DECAY)
     constants, fingerprint = common.literals(globals()), events.fingerprint()
@@ -886,7 +857,7 @@ def main():
         return made
 
     def validate(step, indices):
-        metrics = evaluate(run, model, events, indices)
+        metrics = measure(*predict(run, model, events, indices))
         record.log(step, **{f"valid_{k}": v for k, v in flat(metrics).items()})
         state["since"] += 1
         if goodness(metrics) < state["best"]:
@@ -932,20 +903,17 @@ def main():
 
     best = run.share(common.load(Path(OUT) / "best.pt") if run.first else None)
     judged = build(best).to(run.device)
-    metrics = evaluate(run, judged, events, valid)
-    metrics |= {
-        f"test_{k}": v for k, v in evaluate(run, judged, events, test).items()
-    }  # looked at once, here
+    metrics = measure(*predict(run, judged, events, valid))
+    answers, truth = predict(run, judged, events, test)  # looked at once, here
+    metrics |= {f"test_{k}": v for k, v in measure(answers, truth).items()}
     record.log(step, **metrics, final=True)
     common.export_weights(run, OUT, best)
     record.close()
     if run.first:
-        alone = dataclasses.replace(run, world=1)
         if TASK == "regression":
-            answers, truth = predict(alone, judged, events, test)
             ends = answers[[k for k in ("ends", "refined", "fitted") if k in answers][-1]]
             plot_results(ends, truth, OUT)
-            plot_event(alone, judged, events, test[0], ends[0], OUT)
+            plot_event(run, judged, events, test[0], ends[0], OUT)
         common.plot_curves(OUT, ["loss"], ["valid_angle_deg", "valid_entry_cm", "valid_exit_cm"]
                            if TASK == "regression" else ["valid_accuracy"])
     state["finished"] = True  # the last thing: until now, a rerun goes on

@@ -10,6 +10,7 @@ a batch at once, move entry and exit on the sphere (as in arXiv 1803.10407).
 
 import glob
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -205,8 +206,9 @@ def predictor(x: Tensor, delay: Tensor, spread: Tensor):
 
 def fit(x: Tensor, calibration: tuple[Tensor, Tensor], start: Tensor | None = None, steps: int = 8) -> Tensor:
     """Entry and exit (B, 2, 3) in m of events x (B, T, 5); rows with NaN are no hits."""
-    real = x.isfinite().all(-1)
-    x = torch.where(real[..., None], x, torch.zeros_like(x))
+    x, real = by_time(x)
+    most = int(real.sum(1).max())                        # padding changes nothing
+    x, real = x[:, :most], real[:, :most]
     if start is None:                                    # a clipping track is easily taken for its reverse
         some, seen = x[:, ::4], real[:, ::4]
         predict, guess = predictor(some, *calibration), starts(x, real)
@@ -235,21 +237,107 @@ def errors(ends: Tensor, truth: Tensor) -> dict[str, Tensor]:
 
 def summary(found: dict[str, Tensor]) -> dict:
     """[median, 68%, 95%] of each error, and how many events failed: over 5 degrees, or an end over 1 m."""
-    gross = (found["angle_deg"] > 5) | (found["entry_cm"] > 100) | (found["exit_cm"] > 100)
+    gross = ~((found["angle_deg"] <= 5) & (found["entry_cm"] <= 100) & (found["exit_cm"] <= 100))  # NaN, too
     marks = torch.tensor([0.5, 0.68, 0.95], dtype=torch.float64)
     return {k: [round(float(q), 4) for q in torch.quantile(v, marks)] for k, v in found.items()} | {
         "failures": int(gross.sum())}
 
 
-def read(pattern: str, limit: int = 0) -> tuple[Tensor, Tensor | None]:
-    """x (N, T, 5) and ends (N, 2, 3), or None, of the shards that match."""
+def find(pattern: str) -> list[str]:
+    """The files that match, sorted; raises BadInput where none does."""
     paths = sorted(glob.glob(pattern))
     if not paths:
         raise common.BadInput(f"no file matches {pattern}; make some: python data/simulate_muons.py")
-    parts = [torch.load(p, weights_only=True) for p in paths]
-    x = torch.cat([p["x_data"].float() for p in parts])
-    y = torch.cat([p["y_data"].float() for p in parts]).unflatten(1, (2, 3)) if "y_data" in parts[0] else None
+    return paths
+
+
+def read_shard(path: str, classes: int = 0) -> tuple[Tensor, Tensor | None]:
+    """(x (N, T, 5), y or None) of a .pt file, memory-mapped; NaN rows are no hits. y (N, 6) are entry and
+    exit, with `classes` labels (N,). Raises BadInput that says what is wrong."""
+    try:
+        found = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    except Exception as error:
+        code = re.search(r"(?:GLOBAL|[Gg]lobal:?) ([\w.]+\.\w+)", str(error))
+        reason = f"it holds a {code[1]}" if code else common._first_line(error)
+        raise common.BadInput(f"{path} cannot be read as tensors ({reason}); a shard is "
+                              "torch.save of a dict with x_data and y_data, without other objects") from None
+    if not isinstance(found, dict):
+        raise common.BadInput(f"{path} holds a {type(found).__name__}; a shard is a dict with x_data, y_data")
+    x, y = (found.get(a, found.get(b)) for a, b in (("x_data", "data"), ("y_data", "targets")))
+    x, y = (t.detach() if isinstance(t, Tensor) else t for t in (x, y))
+    if (not isinstance(x, Tensor) or x.ndim != 3 or x.shape[2] != 5 or not x.is_floating_point()
+            or x.layout != torch.strided):
+        shape = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else "missing"
+        raise common.BadInput(
+            f"{path}: x_data is {shape}; it must be (N, T, 5) floats: x, y, z [m], time [ns], charge [pe]"
+        )
+    if not x.numel():
+        raise common.BadInput(f"{path} has no event or no hit (x_data is {tuple(x.shape)}); remove it")
+    bad = (~x.isfinite()).any(-1) & ~x.isnan().all(-1)
+    if bad.any():
+        event, hit = bad.nonzero()[0].tolist()
+        raise common.BadInput(
+            f"{path}: hit {hit} of event {event} has a number that is not finite; a row that "
+            "is no hit is NaN in all five"
+        )
+    few = x.isfinite().all(-1).sum(1) < 10
+    if few.any():
+        raise common.BadInput(f"{path}: event {int(few.nonzero()[0])} has fewer than 10 hits; leave it out")
+    away = x[:, :, :3].float().norm(dim=-1)
+    far, near = float(away.nan_to_num(0).amax()), float(away.nan_to_num(math.inf).amin())
+    if far > 10 * PMT_RADIUS:
+        unit, factor = ("millimetres", 1000) if far > 5000 else ("centimetres", 100)
+        raise common.BadInput(f"{path}: a PMT is {far:.4g} from the centre; positions are in metres (19.5): "
+                              f"are these {unit}? divide by {factor}")
+    if near < RADIUS - 0.1:
+        raise common.BadInput(f"{path}: a PMT is {near:.4g} from the centre, inside the scintillator of "
+                              f"{RADIUS} m; positions are in metres (19.5), a row that is no hit is NaN")
+    times = x[..., 3].double()
+    span = times.nan_to_num(-math.inf).amax(1) - times.nan_to_num(math.inf).amin(1)
+    if span.amax() < 1:
+        raise common.BadInput(f"{path}: the hits of every event come within {float(span.amax()):.3g}; times "
+                              "are in nanoseconds: are these seconds? multiply by 1e9")
+    if y is None:
+        return x, None
+    wanted = (len(x),) if classes else (len(x), 6)
+    if not isinstance(y, Tensor) or tuple(y.shape) != wanted:
+        shape = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        raise common.BadInput(f"{path}: y_data is {shape}; TASK {'of labels' if classes else 'regression'} "
+                              f"needs {wanted}")
+    if not classes:
+        if not y.is_floating_point():
+            raise common.BadInput(f"{path}: y_data is {y.dtype}; entry and exit are floats, in metres")
+        off = (y.float().unflatten(1, (2, 3)).norm(dim=-1) - RADIUS).abs()
+        if not (off < 0.1).all():
+            event = int((~(off < 0.1)).any(1).nonzero()[0])
+            raise common.BadInput(
+                f"{path}: target {event} lies {float(off[event].max()):.4g} m off the sphere of "
+                f"{RADIUS} m; entry and exit are points on it, in metres"
+            )
+    elif not ((y >= 0) & (y < classes) & (y == y.long())).all():
+        raise common.BadInput(f"{path}: labels from {float(y.min()):g} to {float(y.max()):g}; they must be "
+                              f"whole numbers from 0 to {classes - 1}")
+    return x, y
+
+
+def read(pattern: str, limit: int = 0) -> tuple[Tensor, Tensor | None]:
+    """x (N, T, 5), NaN rows no hits, and ends (N, 2, 3), or None, of the shards that match."""
+    parts = [read_shard(p) for p in find(pattern)]
+    longest = max(x.shape[1] for x, _ in parts)
+    x = torch.cat([F.pad(x.float(), (0, 0, 0, longest - x.shape[1]), value=math.nan) for x, _ in parts])
+    known = all(y is not None for _, y in parts)
+    y = torch.cat([y.float() for _, y in parts]).unflatten(1, (2, 3)) if known else None
     return (x[:limit], y if y is None else y[:limit]) if limit else (x, y)
+
+
+def by_time(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Hits (B, T, 5) in order of time, of equal times by charge, then by place, zeros where there is none,
+    and which are real (B, T): those first."""
+    real, order = x.isfinite().all(-1), torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+    for key in (0.31 * x[..., 0] + 0.53 * x[..., 1] + 0.79 * x[..., 2], x[..., 4], x[..., 3]):
+        order = order.gather(1, torch.where(real, key, math.inf).gather(1, order).argsort(dim=1, stable=True))
+    x = torch.where(real[..., None], x, torch.zeros_like(x)).gather(1, order[..., None].expand_as(x))
+    return x, real.gather(1, order)
 
 
 def calibration_events():
@@ -266,8 +354,14 @@ def calibration_events():
 
 
 def main():
+    common.within(0, math.inf, EVENTS=EVENTS, ITERATIONS=ITERATIONS)
+    common.within(1, math.inf, BATCH=BATCH, TAIL=TAIL)
+    common.within(1.1, 3, INDEX_IN=INDEX_IN, INDEX_OUT=INDEX_OUT)
     x, truth = read(DATA, EVENTS)
     cx, cy = read(CALIBRATION) if CALIBRATION else calibration_events()
+    if cy is None:
+        raise common.BadInput(f"a file of CALIBRATION {CALIBRATION} has no y_data; the fit learns from true "
+                              "tracks")
     calibration = calibrate(torch.nan_to_num(cx), cy, cx.isfinite().all(-1))
     begin, cpu = time.perf_counter(), time.process_time()
     ends = torch.cat([fit(part, calibration, steps=ITERATIONS) for part in x.split(BATCH)])

@@ -46,6 +46,7 @@ SHARD = 500            # events a file
 HITS = 2_000           # hits an event
 SEED = 0               # fixes every event
 WORKERS = 0            # processes; 0 = one a core
+FREE = ("OUT", "NAME", "EVENTS", "WORKERS", "FREE")  # constants that change no event
 
 RADIUS = 17.7          # of the scintillator, m
 PMT_RADIUS = 19.5      # of the sphere of PMTs, m
@@ -286,25 +287,47 @@ def shard(job):
     for i in range(first, last):
         hits, y[i - first] = numbered(i)
         x[i - first, :len(hits)] = hits
-    data = {"x_data": torch.from_numpy(x), "y_data": torch.from_numpy(y)}
+    settings = {k: v for k, v in constants.items() if k not in FREE}
+    data = {"x_data": torch.from_numpy(x), "y_data": torch.from_numpy(y), "settings": settings}
     common.write_whole(Path(path), lambda file: torch.save(data, file))
     return last - first
 
 
+def is_made(path, first, last):
+    """Whether a file holds these events already; raises BadInput where it holds others."""
+    import torch
+    if not path.exists():
+        return False
+    try:
+        found = torch.load(path, weights_only=True, mmap=True)
+        other = [f"{k}={v}" for k, v in found.get("settings", {}).items() if v != globals().get(k)]
+        size = len(found["x_data"])
+    except Exception as error:
+        raise common.BadInput(f"{path} is there and is none of ours ({common._first_line(error)}); remove "
+                              "it, or give another NAME or OUT") from None
+    if other:
+        raise common.BadInput(f"{path} is there, made with {' '.join(other)}; remove it, or give another "
+                              "NAME or OUT")
+    return size >= last - first
+
+
 def simulate(out, **constants):
-    """Write the events as files in the folder `out`; returns their paths. Files that are there stay."""
+    """Write the events as files in the folder `out`; returns their paths. Files that are there stay, if they
+    were made with the same settings; OUT/NAME.unfinished is there until all are."""
     from tqdm import tqdm
     globals().update(constants)
     jobs = [(out / f"{NAME}-{k:04d}.pt", first, min(first + SHARD, EVENTS))
             for k, first in enumerate(range(0, EVENTS, SHARD))]
-    settings = {name: globals()[name] for name in ("NAME", "DETECTOR", "EVENTS", "SHARD", "HITS", "SEED")}
-    todo = [(*job, settings) for job in jobs if not job[0].exists()]
+    settings = common.literals(globals())
+    todo = [(*job, settings) for job in jobs if not is_made(*job)]
     out.mkdir(parents=True, exist_ok=True)
+    (out / f"{NAME}.unfinished").touch()
     with tqdm(total=sum(last - first for _, first, last, _ in todo), unit=" events", disable=None) as bar:
         os.environ["OPENBLAS_NUM_THREADS"] = "1"         # products round alike however many cores there are
         with multiprocessing.get_context("spawn").Pool(WORKERS or None) as pool:
             for done in pool.imap_unordered(shard, todo):
                 bar.update(done)
+    (out / f"{NAME}.unfinished").unlink(missing_ok=True)
     return [job[0] for job in jobs]
 
 
@@ -336,6 +359,9 @@ def main():
         raise common.BadInput(f'DETECTOR "{DETECTOR}" is unknown; "nominal", "stressed" or "random"')
     common.divisible(EVENTS=(EVENTS, 1), SHARD=(SHARD, 1))
     common.within(10, N_PMTS, HITS=HITS)
+    common.within(0, math.inf, SEED=SEED, WORKERS=WORKERS)
+    if not NAME or "/" in NAME:
+        raise common.BadInput(f"NAME {NAME!r} is no beginning of a file's name; OUT is the folder")
     out = Path(OUT) if Path(OUT).is_absolute() else Path(__file__).resolve().parent.parent / OUT
     files = simulate(out)
     plot(*numbered(0), out / "event.png")
