@@ -1853,23 +1853,32 @@ def importance(p: Tensor, cut: Cut, n_blocks: int) -> Tensor:
     return sum(w * p[..., before + o:, ][..., :n_blocks * ratio:ratio] for o, w in cut.overlaps())
 
 
+def _later_first(scores: Tensor) -> Tensor:
+    """Scores (..., S) rounded to 12 bits (float64: 33), with the block's number in the bits below: blocks of
+    the same tokens have the same score but for rounding, and every execution must choose the same of them."""
+    wide, whole, low = (torch.float64, torch.int64, 20) if scores.dtype == torch.float64 else (
+        torch.float32, torch.int32, 12)
+    number = torch.arange(scores.shape[-1], dtype=whole, device=scores.device) % 2**low
+    bits = scores.detach().to(wide).view(whole) + 2**(low - 1)
+    return bits.bitwise_and_(-2**low).bitwise_or_(number).view(wide)
+
+
 def choose_blocks(scores: Tensor, t: Tensor, cut: Cut, settled: int = 0) -> Tensor:
     """The K selection blocks of each query, best first, -1 where there are fewer: (..., K) int64.
 
     scores (..., S) from `importance`; t broadcasts with (..., 1), the queries' positions. Candidates lie
-    before the query's own block. Those that no finished compressed block touches have no score: the nearest
-    of them come after all others. Columns below `settled` are known to be candidates with scores.
+    before the query's own block; of equal ones the later comes first. Those that no finished compressed block
+    touches have no score: the nearest of them come after all others. Columns below `settled` are known to be
+    candidates with scores.
     """
     S, K = scores.shape[-1], min(cut.n_selected, scores.shape[-1])
+    scores = _later_first(scores)
     if settled == S and cut.plain:
         return F.pad(scores.topk(K, -1).indices, (0, cut.n_selected - K), value=-1)
     block = torch.arange(settled, S, device=scores.device)
     own = t // cut.select_block
     touched = ((cut.finished(t) - 1) * cut.compress_stride + cut.compress_block)
     touched = torch.where(cut.finished(t) > 0, -(-touched // cut.select_block), 0)
-    if cut.compress_block > cut.compress_stride:  # the first blocks may share all they have: the later wins
-        rank = torch.arange(S, device=scores.device).clamp(max=4 * cut.compress_block // cut.compress_stride)
-        scores = scores + rank * torch.finfo(scores.dtype).eps * 8
     late = torch.where(block < touched, scores[..., settled:], (block - own).to(scores.dtype))
     if cut.local_blocks:
         late = torch.where(block >= own - cut.local_blocks, 1e20 + 1e15 * block, late)

@@ -737,6 +737,18 @@ def test_sparse_reading_equals_the_parallel_pass_at_every_position(attention, sp
                 last = net.read(following, [1] * 3, cache)
 
 
+@pytest.mark.parametrize("period", [1, 32])
+@pytest.mark.parametrize("sparse", SPARSE)
+def test_blocks_of_the_same_tokens_are_chosen_alike_at_once_and_one_by_one(sparse, period):
+    """As in a run of spaces: their scores are equal but for rounding."""
+    net = sparse_lm(sparse={**sparse, "window": 5})
+    ids = torch.randint(3, 300, (2, period)).repeat(1, 120 // period + 1)[:, :120]
+    with torch.no_grad():
+        parallel, cache = net.hidden(ids)[0], common.Cache(net, 2, 120)
+        for t in range(120):
+            close(net.read(ids[:, t:t + 1], [1] * 2, cache), parallel[:, t], 1e-11)
+
+
 @pytest.mark.parametrize("attention, sparse", [("window", dict(window=5)), *(("nsa", s) for s in SPARSE)])
 def test_sparse_attention_respects_documents(attention, sparse):
     net = sparse_lm(attention, sparse=sparse).train()
