@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -227,6 +228,7 @@ def test_every_name_that_a_script_takes_from_common_exists(script):
 def test_help_and_errors_of_the_command_line():
     output = finish(launch("train_pretrain.py", "--help"))
     assert "python train_pretrain.py" in output and "SEQ_LEN = 512" in output and "def " not in output
+    assert "  26M   DIM=512 N_LAYERS=8" in output                        # a preset
     for words_, message in [
         (["DATA=nowhere.jsonl"], "there is no file nowhere.jsonl"),
         (["DMI=3"], "did you mean DIM?"),
@@ -1304,6 +1306,9 @@ def test_one_process_and_two_train_the_same_sparse_model(train_bytes, tmp_path):
 
 @pytest.mark.parametrize("constants, message", [
     (dict(SPLIT=("a", 0.1)), "SPLIT ('a', 0.1) must be two numbers"),
+    *((dict(SPLIT=s), "must be two numbers") for s in ((math.inf, 0), (2.5, 0), (0, 0.1), (1, 0.1))),
+    (dict(N_KV_HEADS=0), "N_KV_HEADS 0 must be at least 1"),
+    (dict(EVAL="any", MICRO_BATCH=0), "MICRO_BATCH 0 must be at least 1"),
     (dict(SPLIT=(1, 2, 3)), "must be two numbers"), (dict(SPLIT=(0.6, 0.6)), "too few for SPLIT"),
     (dict(SAMPLE_EVERY=1, PRIME_LEN=100), "PRIME_LEN 100 must be between 1 and 99"),
     (dict(DIM=0), "DIM 0 must be at least 1"), (dict(PROBE_SHARE=2.0), "PROBE_SHARE 2.0 must be between"),
@@ -1325,6 +1330,31 @@ def test_unusable_bytes_are_one_sentence(train_bytes, tmp_path, name, data, mess
     with pytest.raises(common.BadInput) as error:
         train_bytes(DATA=str(tmp_path / name))
     assert message in str(error.value)
+
+
+def test_packed_bytes_that_cannot_be_unpacked_are_one_sentence(tmp_path):
+    path = tmp_path / "UPPER.ZIP"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("folder/", "")
+        archive.writestr("folder/text", "some text")
+    whole = path.read_bytes()
+    assert prepare_enwik8.read(path) == b"some text"
+    at = [whole.rindex(b"PK\3\4"), whole.rindex(b"PK\1\2")]
+    for offset, value, message in ((6, 1, "is encrypted"), (8, 99, "not supported")):
+        broken = bytearray(whole)
+        broken[at[0] + offset] = broken[at[1] + offset + 2] = value
+        path.write_bytes(broken)
+        with pytest.raises(common.BadInput, match=f"cannot unpack .*UPPER.ZIP .*{message}"):
+            prepare_enwik8.read(path)
+    (tmp_path / "upper.GZ").write_bytes(gzip.compress(b"some text"))
+    assert prepare_enwik8.read(tmp_path / "upper.GZ") == b"some text"
+
+
+def test_a_model_of_tokens_scores_no_bytes(train, train_bytes, tmp_path):
+    train(STEPS=1)
+    (tmp_path / "unseen").write_bytes(b"some text")
+    with pytest.raises(common.BadInput, match=r"holds a model of \d+ tokens, not of bytes"):
+        train_bytes(EVAL=str(tmp_path / "unseen"))
 
 
 def test_windows_and_blocks_beyond_the_sequence_work(train_bytes):
@@ -1569,7 +1599,9 @@ def test_two_runs_do_not_share_a_folder(train, tmp_path):
         (dict(ATTENTION="nsa", COMPRESS_STRIDE=3), "COMPRESS_BLOCK 16 must be a positive multiple of 3"),
         (dict(DTYPE="int8"), "DTYPE 'int8' is not one of auto"),
         (dict(WANDB="on"), "WANDB 'on' is not one of disabled"),
-        (dict(SCHEDULE="flat"), "SCHEDULE 'flat' is neither"),
+        (dict(SCHEDULE="flat"), "SCHEDULE 'flat' is not one of cosine, wsd"),
+        (dict(SEED=-1), "SEED -1 must be between 0 and"),
+        (dict(ATTENTION="nsa", COMPRESS_STRIDE=0), "COMPRESS_STRIDE 0 must be at least 1"),
         (dict(N_EXPERTS=2, N_ACTIVE=3), "n_active 3 must be between 1 and n_experts 2"),
         (dict(INIT="nowhere"), "there is no checkpoint nowhere"),
         (dict(SEQ_LEN=10**7, STRIDE=1), "longer than all of the"),
@@ -1583,6 +1615,17 @@ def test_constants_that_do_not_fit_are_one_sentence(train, constants, message):
     with pytest.raises(common.BadInput) as error:
         train(**constants)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("slip", [dict(SCHEDULE="cosin"), dict(COMPILE="on"), dict(WANDB="maybe")], ids=str)
+def test_a_misspelt_choice_sets_no_run_aside(train, train_bytes, tmp_path, slip):
+    for run in (train, train_bytes):
+        run(OUT=str(tmp_path / "kept"), STEPS=1)
+        before = (tmp_path / "kept/checkpoint.pt").read_bytes()
+        with pytest.raises(common.BadInput, match=next(iter(slip.values()))):
+            run(OUT=str(tmp_path / "kept"), STEPS=1, **slip)
+        assert (tmp_path / "kept/checkpoint.pt").read_bytes() == before
+        shutil.rmtree(tmp_path / "kept")
 
 
 def test_wandb_offline_mirrors_the_run(train, tmp_path, monkeypatch):
