@@ -784,6 +784,23 @@ def test_bfloat16_sparse_attention_is_near_float64():
     assert ((rough - exact).norm() / exact.norm()) < 0.08                # some queries choose another block
 
 
+def test_benchmarks_wait_for_a_gpu_and_say_where_sparse_attention_is_ahead(tmp_path, monkeypatch, capsys):
+    waited = []
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "synchronize", lambda: waited.append(True))
+        bench.fastest(3, lambda: None)
+    assert len(waited) == 6                              # before and after each that counts
+    monkeypatch.chdir(tmp_path)
+    ratios = {"core forward+backward": (1.2, 0.9, 1.1, 2), "decode a token behind": (0.5, 0.6, 0.7, 0.8)}
+    bench.plot_lengths([bench.row(f"{kind} {512 << i} float32", 1.0, 1 / ratio, "ms", ratio)
+                        for kind, by in ratios.items() for i, ratio in enumerate(by)])
+    said = capsys.readouterr().out
+    assert "core forward+backward, float32: nsa is ahead from 2048 tokens on" in said
+    assert "decode a token behind, float32: nsa is not ahead up to 4096 tokens" in said
+    assert Path("out/bench/nsa.png").stat().st_size > 0
+
+
 @pytest.mark.parametrize("changes, message", [
     (dict(compress_stride=5), "COMPRESS_BLOCK 16 must be a positive multiple of 5"),
     (dict(select_block=24), "SELECT_BLOCK 24 must be a positive multiple of 16"),
