@@ -1303,6 +1303,36 @@ def test_probes_are_known_from_far_back_and_nowhere_else(train_bytes, tmp_path, 
         train_bytes(PROBE=True, SEQ_LEN=100)
 
 
+class Copier:
+    """A model that goes on as after the last time it saw the same four bytes."""
+    head_weight = torch.eye(256)
+
+    def hidden(self, ids, docs):
+        found = torch.zeros(*ids.shape, 256)
+        for out, row in zip(found, ids.tolist(), strict=True):
+            seen = {}
+            for t in range(3, len(row)):
+                out[t, seen.get(tuple(row[t - 3:t + 1]), 0)] = 1
+                if t + 1 < len(row):
+                    seen[tuple(row[t - 3:t + 1])] = row[t + 1]
+        return found, 0
+
+    def eval(self):
+        pass
+    train = eval
+
+
+def test_probes_give_one_who_copies_all_and_train_at_their_share(monkeypatch):
+    run = common.Run(0, 0, 1, torch.device("cpu"), torch.float32, 0)
+    monkeypatch.setattr(train_nsa_enwik8, "SEQ_LEN", 256)
+    found = train_nsa_enwik8.probe(run, Copier())
+    assert set(found) == {"copy", "needle"} and {s for by in found.values() for s in by.values()} == {1.0}
+    for share in (0.0, 1.0):
+        monkeypatch.setattr(train_nsa_enwik8, "PROBE_SHARE", share)
+        ids = torch.cat([b[0] for b in train_nsa_enwik8.training_batches(np.zeros(999, np.uint8), 3, run)])
+        assert (ids >= 35).all() if share else not ids.any()
+
+
 def test_interrupted_byte_model_goes_on_bit_for_bit(train_bytes, tmp_path):
     train_bytes(OUT=str(tmp_path / "whole"))
     with pytest.raises(SystemExit):
@@ -1391,6 +1421,12 @@ def test_enwik8_is_checked(tmp_path, monkeypatch):
         assert not (tmp_path / "enwik8/enwik8").exists()
     monkeypatch.setattr(prepare_enwik8, "SHA1", __import__("hashlib").sha1(bytes(50)).hexdigest())
     prepare_enwik8.main()
+    assert (tmp_path / "enwik8/enwik8").read_bytes() == bytes(50)
+    monkeypatch.setattr(prepare_enwik8, "DATA", "")
+    monkeypatch.setattr(prepare_enwik8, "download", lambda url, path: path.write_bytes(b"a page of errors"))
+    with pytest.raises(common.BadInput, match="cut short or damaged"):
+        prepare_enwik8.main()
+    assert not (tmp_path / "enwik8/enwik8.zip").exists()                 # not taken up again
     assert (tmp_path / "enwik8/enwik8").read_bytes() == bytes(50)
 
 
