@@ -137,13 +137,16 @@ def as_shipped(work):
 
 def fastest(repeat, *works):
     """Seconds of the fastest of `repeat` runs of each work, taken in turns after one warm-up each."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     for work in works:
         work()
     best = [math.inf] * len(works)
     for _ in range(repeat):
         for i, work in enumerate(works):
+            wait()
             begin = time.perf_counter()
             work()
+            wait()
             best[i] = min(best[i], time.perf_counter() - begin)
     return best
 
@@ -714,7 +717,7 @@ def nsa():
     for dtype in (torch.float32, torch.bfloat16):
         for T in lengths:
             rows += module_rows(run, T, dtype)
-    rows += [decode_row(T, dtype) for dtype in (torch.float32, torch.bfloat16) for T in lengths]
+    rows += [decode_row(run, T, dtype) for dtype in (torch.float32, torch.bfloat16) for T in lengths]
     rows += step_rows(run)
     plot_lengths(rows)
     common.stop(run)
@@ -762,18 +765,19 @@ def step_rows(run):
             for kind, seconds in zip(("nsa", "window"), ours, strict=True)]
 
 
-def decode_row(T, dtype):
+def decode_row(run, T, dtype):
     """Milliseconds for one token of one layer behind T others, everything but the MLP."""
     seconds = []
     for kind in (common.Attention, common.NativeSparseAttention):
         torch.manual_seed(0)
-        module = kind(512, 8, 4, 64).to(dtype).eval().requires_grad_(False)
+        module = kind(512, 8, 4, 64).to(run.device, dtype).eval().requires_grad_(False)
         module.join()
         memory = module.memory(1, T + 1, module.out.weight)
         for x in memory.values():
             x.normal_()
-        x, rope = torch.randn(1, 1, 512).to(dtype), common.rope_table(64, T + 1)[:, None, T:]
-        reading = common.Reading([T], [1], torch.tensor([[T]]), None)
+        x, rope = torch.randn(1, 1, 512).to(run.device, dtype), common.rope_table(64, T + 1)[:, None, T:]
+        rope, column = rope.to(run.device), torch.tensor([[T]], device=run.device)
+        reading = common.Reading([T], [1], column, None)
 
         def work(module=module, memory=memory, x=x, rope=rope, reading=reading):
             with torch.inference_mode():
@@ -785,7 +789,7 @@ def decode_row(T, dtype):
 
 
 def plot_lengths(rows):
-    """out/bench/nsa.png: milliseconds by length, full and sparse."""
+    """out/bench/nsa.png: milliseconds by length, full and sparse; says from where on sparse is ahead."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -797,8 +801,11 @@ def plot_lengths(rows):
                      and r["work"].endswith(dtype)]
             if found:
                 x = [int(r["work"].removeprefix(kind).split()[0].split("×")[-1]) for r in found]
+                ahead = [n for i, n in enumerate(x) if all(r["ratio"] >= 1 for r in found[i:])]
+                ahead = f"ahead from {ahead[0]} tokens on" if ahead else f"not ahead up to {x[-1]} tokens"
+                print(f"{kind}, {dtype}: nsa is {ahead}")
                 for key, style in (("baseline", "--"), ("ours", "-")):
-                    label = f"{'full' if key == 'baseline' else 'nsa'} {dtype}"
+                    label = f"full {dtype}" if key == "baseline" else f"nsa {dtype}, {ahead}"
                     axis.loglog(x, [r[key] for r in found], "o" + style, label=label, markersize=3)
         axis.set(title=kind, xlabel="tokens", ylabel="ms")
         axis.grid(alpha=0.3)

@@ -66,8 +66,8 @@ def describe(names: dict) -> str:
     for line in Path(names["__file__"]).read_text(encoding="utf-8").splitlines():
         if re.match(r"# \S", line) and not text.endswith("\n\n"):
             text += f"\n{line[2:]}\n"
-        elif re.match(r"[A-Z][A-Z0-9_]* = ", line):
-            text += f"  {line}\n"
+        elif re.match(r"[A-Z][A-Z0-9_]* = |#  ", line):
+            text += f"  {line.removeprefix('# ')}\n"
         elif re.match(r"(def|class) ", line):
             break
     return text
@@ -334,6 +334,7 @@ def _onednn_is_exact() -> bool:
 def start(seed: int, dtype: str = "auto") -> Run:
     """Join the other processes (as torchrun's environment says), choose device and precision, catch stop
     signals."""
+    within(0, 2**31 - 1, SEED=seed)
     world, rank, patient = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)), None
     local, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.cuda.is_available():
@@ -575,6 +576,8 @@ def random_state(run: Run, step: int) -> None:
 FREE = frozenset(
     "OUT RESUME LOG_EVERY SAVE_EVERY SAMPLE_EVERY WANDB MICRO_BATCH NIGHT EVAL PATIENCE SHARD".split()
 )
+CHOICES = {"SCHEDULE": ("cosine", "wsd"), "COMPILE": ("auto", "yes", "no"),
+           "WANDB": ("disabled", "offline", "online")}
 RECORDS = ("metrics.jsonl", "samples.jsonl")  # lines with a step, taken back to the checkpoint's
 
 
@@ -771,7 +774,11 @@ def resume(run: Run, out: str | Path, constants: dict, again: bool, fingerprint:
     A finished run, or one shaped by other constants, is renamed aside, never overwritten (`again` False:
     always). Data that changed under an unfinished run are refused. Metrics later than the checkpoint are
     taken back. `shard`: only process 0 gets the numbers, the others empty tensors (`restore` spreads them).
+    Constants that name a choice are checked first, so that a slip of the pen sets nothing aside.
     """
+    for name, choices in CHOICES.items():
+        if constants.get(name, choices[0]) not in choices:
+            raise BadInput(f"{name} {constants[name]!r} is not one of {', '.join(choices)}")
     found, restarted = None, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if run.first:
         out = Path(out)
@@ -884,8 +891,6 @@ class Record:
         self.run, self.out, self.steps, self.bar, self.mirror = run, Path(out), steps, None, None
         self.begin = self.then = time.monotonic()
         self.first_step = first
-        if wandb not in ("disabled", "offline", "online"):
-            raise BadInput(f"WANDB {wandb!r} is not one of disabled, offline, online")
         if not run.first:
             return
         if sys.stderr.isatty():
@@ -1817,6 +1822,7 @@ class Cut:
 
     def __post_init__(self):
         divisible(WINDOW=(self.window, 1), N_SELECTED=(self.n_selected, 1),
+                  COMPRESS_STRIDE=(self.compress_stride, 1),
                   COMPRESS_BLOCK=(self.compress_block, self.compress_stride),
                   SELECT_BLOCK=(self.select_block, self.compress_stride))
         within(0, self.n_selected - self.first_block, LOCAL_BLOCKS=self.local_blocks)
@@ -1853,23 +1859,32 @@ def importance(p: Tensor, cut: Cut, n_blocks: int) -> Tensor:
     return sum(w * p[..., before + o:, ][..., :n_blocks * ratio:ratio] for o, w in cut.overlaps())
 
 
+def _later_first(scores: Tensor) -> Tensor:
+    """Scores (..., S) rounded to 12 bits (float64: 33), with the block's number in the bits below: blocks of
+    the same tokens have the same score but for rounding, and every execution must choose the same of them."""
+    wide, whole, low = (torch.float64, torch.int64, 20) if scores.dtype == torch.float64 else (
+        torch.float32, torch.int32, 12)
+    number = torch.arange(scores.shape[-1], dtype=whole, device=scores.device) % 2**low
+    bits = scores.detach().to(wide).view(whole) + 2**(low - 1)
+    return bits.bitwise_and_(-2**low).bitwise_or_(number).view(wide)
+
+
 def choose_blocks(scores: Tensor, t: Tensor, cut: Cut, settled: int = 0) -> Tensor:
     """The K selection blocks of each query, best first, -1 where there are fewer: (..., K) int64.
 
     scores (..., S) from `importance`; t broadcasts with (..., 1), the queries' positions. Candidates lie
-    before the query's own block. Those that no finished compressed block touches have no score: the nearest
-    of them come after all others. Columns below `settled` are known to be candidates with scores.
+    before the query's own block; of equal ones the later comes first. Those that no finished compressed block
+    touches have no score: the nearest of them come after all others. Columns below `settled` are known to be
+    candidates with scores.
     """
     S, K = scores.shape[-1], min(cut.n_selected, scores.shape[-1])
+    scores = _later_first(scores)
     if settled == S and cut.plain:
         return F.pad(scores.topk(K, -1).indices, (0, cut.n_selected - K), value=-1)
     block = torch.arange(settled, S, device=scores.device)
     own = t // cut.select_block
     touched = ((cut.finished(t) - 1) * cut.compress_stride + cut.compress_block)
     touched = torch.where(cut.finished(t) > 0, -(-touched // cut.select_block), 0)
-    if cut.compress_block > cut.compress_stride:  # the first blocks may share all they have: the later wins
-        rank = torch.arange(S, device=scores.device).clamp(max=4 * cut.compress_block // cut.compress_stride)
-        scores = scores + rank * torch.finfo(scores.dtype).eps * 8
     late = torch.where(block < touched, scores[..., settled:], (block - own).to(scores.dtype))
     if cut.local_blocks:
         late = torch.where(block >= own - cut.local_blocks, 1e20 + 1e15 * block, late)
@@ -3009,7 +3024,8 @@ class LM(nn.Module):
         super().__init__()
         hidden_dim = hidden_dim or -(-dim * 8 // 3 // 64) * 64               # 8/3 dim, up to a multiple of 64
         self.sizes = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        divisible(DIM=(dim, 1), N_HEADS=(n_heads, n_kv_heads), N_LAYERS=(n_layers, 1), SEQ_LEN=(seq_len, 1))
+        divisible(DIM=(dim, 1), N_KV_HEADS=(n_kv_heads, 1), N_HEADS=(n_heads, n_kv_heads),
+                  N_LAYERS=(n_layers, 1), SEQ_LEN=(seq_len, 1))
         if dim % n_heads and not self.sizes["head_dim"]:
             raise BadInput(f"DIM {dim} is not a multiple of N_HEADS {n_heads}; set HEAD_DIM")
         head_dim = head_dim or dim // n_heads
@@ -3170,8 +3186,6 @@ class LM(nn.Module):
 def compile_layers(model: nn.Module, wanted: str, steps: int) -> None:
     """Compile a language model's layers (one is compiled, all use it): "yes", "no", or "auto": for at least
     200 updates, where there is a C++ compiler, and not with experts, whose shares always change."""
-    if wanted not in ("auto", "yes", "no"):
-        raise BadInput(f"COMPILE {wanted!r} is not one of auto, yes, no")
     fits = isinstance(model, LM) and not model.sizes["n_experts"]
     if fits and (wanted == "yes" or wanted == "auto" and steps >= 200 and shutil.which("g++")):
         torch._dynamo.config.suppress_errors = wanted == "auto"  # a broken compiler costs speed, not the run
@@ -3505,7 +3519,7 @@ def load_tokenizer(path: str | Path):
     """A `tokenizers.Tokenizer` whose ids 0, 1, 2 are <pad>, <s>, </s>; these strings in a text stay text."""
     from tokenizers import Tokenizer
     if not Path(path).is_file():
-        raise BadInput(f"there is no tokenizer {path}; make one: "
+        raise BadInput(f"there is no tokenizer {path} (models of bytes have none); make one: "
                        f"python data/prepare_tokenizer.py DATA=... OUT={path}")
     try:
         tokenizer = Tokenizer.from_file(str(path))

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 import types
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -228,6 +229,7 @@ def test_every_name_that_a_script_takes_from_common_exists(script):
 def test_help_and_errors_of_the_command_line():
     output = finish(launch("train_pretrain.py", "--help"))
     assert "python train_pretrain.py" in output and "SEQ_LEN = 512" in output and "def " not in output
+    assert "  26M   DIM=512 N_LAYERS=8" in output                        # a preset
     for words_, message in [
         (["DATA=nowhere.jsonl"], "there is no file nowhere.jsonl"),
         (["DMI=3"], "did you mean DIM?"),
@@ -738,6 +740,18 @@ def test_sparse_reading_equals_the_parallel_pass_at_every_position(attention, sp
                 last = net.read(following, [1] * 3, cache)
 
 
+@pytest.mark.parametrize("period", [1, 32])
+@pytest.mark.parametrize("sparse", SPARSE)
+def test_blocks_of_the_same_tokens_are_chosen_alike_at_once_and_one_by_one(sparse, period):
+    """As in a run of spaces: their scores are equal but for rounding."""
+    net = sparse_lm(sparse={**sparse, "window": 5})
+    ids = torch.randint(3, 300, (2, period)).repeat(1, 120 // period + 1)[:, :120]
+    with torch.no_grad():
+        parallel, cache = net.hidden(ids)[0], common.Cache(net, 2, 120)
+        for t in range(120):
+            close(net.read(ids[:, t:t + 1], [1] * 2, cache), parallel[:, t], 1e-11)
+
+
 @pytest.mark.parametrize("attention, sparse", [("window", dict(window=5)), *(("nsa", s) for s in SPARSE)])
 def test_sparse_attention_respects_documents(attention, sparse):
     net = sparse_lm(attention, sparse=sparse).train()
@@ -769,6 +783,23 @@ def test_bfloat16_sparse_attention_is_near_float64():
     exact = common.attend_sparse(*inputs, cut)
     rough = common.attend_sparse(*(x.detach().bfloat16() for x in inputs), cut).double()
     assert ((rough - exact).norm() / exact.norm()) < 0.08                # some queries choose another block
+
+
+def test_benchmarks_wait_for_a_gpu_and_say_where_sparse_attention_is_ahead(tmp_path, monkeypatch, capsys):
+    waited = []
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "synchronize", lambda: waited.append(True))
+        bench.fastest(3, lambda: None)
+    assert len(waited) == 6                              # before and after each that counts
+    monkeypatch.chdir(tmp_path)
+    ratios = {"core forward+backward": (1.2, 0.9, 1.1, 2), "decode a token behind": (0.5, 0.6, 0.7, 0.8)}
+    bench.plot_lengths([bench.row(f"{kind} {512 << i} float32", 1.0, 1 / ratio, "ms", ratio)
+                        for kind, by in ratios.items() for i, ratio in enumerate(by)])
+    said = capsys.readouterr().out
+    assert "core forward+backward, float32: nsa is ahead from 2048 tokens on" in said
+    assert "decode a token behind, float32: nsa is not ahead up to 4096 tokens" in said
+    assert Path("out/bench/nsa.png").stat().st_size > 0
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -1273,6 +1304,36 @@ def test_probes_are_known_from_far_back_and_nowhere_else(train_bytes, tmp_path, 
         train_bytes(PROBE=True, SEQ_LEN=100)
 
 
+class Copier:
+    """A model that goes on as after the last time it saw the same four bytes."""
+    head_weight = torch.eye(256)
+
+    def hidden(self, ids, docs):
+        found = torch.zeros(*ids.shape, 256)
+        for out, row in zip(found, ids.tolist(), strict=True):
+            seen = {}
+            for t in range(3, len(row)):
+                out[t, seen.get(tuple(row[t - 3:t + 1]), 0)] = 1
+                if t + 1 < len(row):
+                    seen[tuple(row[t - 3:t + 1])] = row[t + 1]
+        return found, 0
+
+    def eval(self):
+        pass
+    train = eval
+
+
+def test_probes_give_one_who_copies_all_and_train_at_their_share(monkeypatch):
+    run = common.Run(0, 0, 1, torch.device("cpu"), torch.float32, 0)
+    monkeypatch.setattr(train_nsa_enwik8, "SEQ_LEN", 256)
+    found = train_nsa_enwik8.probe(run, Copier())
+    assert set(found) == {"copy", "needle"} and {s for by in found.values() for s in by.values()} == {1.0}
+    for share in (0.0, 1.0):
+        monkeypatch.setattr(train_nsa_enwik8, "PROBE_SHARE", share)
+        ids = torch.cat([b[0] for b in train_nsa_enwik8.training_batches(np.zeros(999, np.uint8), 3, run)])
+        assert (ids >= 35).all() if share else not ids.any()
+
+
 def test_interrupted_byte_model_goes_on_bit_for_bit(train_bytes, tmp_path):
     train_bytes(OUT=str(tmp_path / "whole"))
     with pytest.raises(SystemExit):
@@ -1293,6 +1354,9 @@ def test_one_process_and_two_train_the_same_sparse_model(train_bytes, tmp_path):
 
 @pytest.mark.parametrize("constants, message", [
     (dict(SPLIT=("a", 0.1)), "SPLIT ('a', 0.1) must be two numbers"),
+    *((dict(SPLIT=s), "must be two numbers") for s in ((math.inf, 0), (2.5, 0), (0, 0.1), (1, 0.1))),
+    (dict(N_KV_HEADS=0), "N_KV_HEADS 0 must be at least 1"),
+    (dict(EVAL="any", MICRO_BATCH=0), "MICRO_BATCH 0 must be at least 1"),
     (dict(SPLIT=(1, 2, 3)), "must be two numbers"), (dict(SPLIT=(0.6, 0.6)), "too few for SPLIT"),
     (dict(SAMPLE_EVERY=1, PRIME_LEN=100), "PRIME_LEN 100 must be between 1 and 99"),
     (dict(DIM=0), "DIM 0 must be at least 1"), (dict(PROBE_SHARE=2.0), "PROBE_SHARE 2.0 must be between"),
@@ -1316,6 +1380,31 @@ def test_unusable_bytes_are_one_sentence(train_bytes, tmp_path, name, data, mess
     assert message in str(error.value)
 
 
+def test_packed_bytes_that_cannot_be_unpacked_are_one_sentence(tmp_path):
+    path = tmp_path / "UPPER.ZIP"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("folder/", "")
+        archive.writestr("folder/text", "some text")
+    whole = path.read_bytes()
+    assert prepare_enwik8.read(path) == b"some text"
+    at = [whole.rindex(b"PK\3\4"), whole.rindex(b"PK\1\2")]
+    for offset, value, message in ((6, 1, "is encrypted"), (8, 99, "not supported")):
+        broken = bytearray(whole)
+        broken[at[0] + offset] = broken[at[1] + offset + 2] = value
+        path.write_bytes(broken)
+        with pytest.raises(common.BadInput, match=f"cannot unpack .*UPPER.ZIP .*{message}"):
+            prepare_enwik8.read(path)
+    (tmp_path / "upper.GZ").write_bytes(gzip.compress(b"some text"))
+    assert prepare_enwik8.read(tmp_path / "upper.GZ") == b"some text"
+
+
+def test_a_model_of_tokens_scores_no_bytes(train, train_bytes, tmp_path):
+    train(STEPS=1)
+    (tmp_path / "unseen").write_bytes(b"some text")
+    with pytest.raises(common.BadInput, match=r"holds a model of \d+ tokens, not of bytes"):
+        train_bytes(EVAL=str(tmp_path / "unseen"))
+
+
 def test_windows_and_blocks_beyond_the_sequence_work(train_bytes):
     found = train_bytes(WINDOW=1000, COMPRESS_BLOCK=256, COMPRESS_STRIDE=256, SELECT_BLOCK=256, N_SELECTED=5,
                         STEPS=3)
@@ -1333,6 +1422,12 @@ def test_enwik8_is_checked(tmp_path, monkeypatch):
         assert not (tmp_path / "enwik8/enwik8").exists()
     monkeypatch.setattr(prepare_enwik8, "SHA1", __import__("hashlib").sha1(bytes(50)).hexdigest())
     prepare_enwik8.main()
+    assert (tmp_path / "enwik8/enwik8").read_bytes() == bytes(50)
+    monkeypatch.setattr(prepare_enwik8, "DATA", "")
+    monkeypatch.setattr(prepare_enwik8, "download", lambda url, path: path.write_bytes(b"a page of errors"))
+    with pytest.raises(common.BadInput, match="cut short or damaged"):
+        prepare_enwik8.main()
+    assert not (tmp_path / "enwik8/enwik8.zip").exists()                 # not taken up again
     assert (tmp_path / "enwik8/enwik8").read_bytes() == bytes(50)
 
 
@@ -1558,7 +1653,9 @@ def test_two_runs_do_not_share_a_folder(train, tmp_path):
         (dict(ATTENTION="nsa", COMPRESS_STRIDE=3), "COMPRESS_BLOCK 16 must be a positive multiple of 3"),
         (dict(DTYPE="int8"), "DTYPE 'int8' is not one of auto"),
         (dict(WANDB="on"), "WANDB 'on' is not one of disabled"),
-        (dict(SCHEDULE="flat"), "SCHEDULE 'flat' is neither"),
+        (dict(SCHEDULE="flat"), "SCHEDULE 'flat' is not one of cosine, wsd"),
+        (dict(SEED=-1), "SEED -1 must be between 0 and"),
+        (dict(ATTENTION="nsa", COMPRESS_STRIDE=0), "COMPRESS_STRIDE 0 must be at least 1"),
         (dict(N_EXPERTS=2, N_ACTIVE=3), "n_active 3 must be between 1 and n_experts 2"),
         (dict(INIT="nowhere"), "there is no checkpoint nowhere"),
         (dict(SEQ_LEN=10**7, STRIDE=1), "longer than all of the"),
@@ -1572,6 +1669,17 @@ def test_constants_that_do_not_fit_are_one_sentence(train, constants, message):
     with pytest.raises(common.BadInput) as error:
         train(**constants)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("slip", [dict(SCHEDULE="cosin"), dict(COMPILE="on"), dict(WANDB="maybe")], ids=str)
+def test_a_misspelt_choice_sets_no_run_aside(train, train_bytes, tmp_path, slip):
+    for run in (train, train_bytes):
+        run(OUT=str(tmp_path / "kept"), STEPS=1)
+        before = (tmp_path / "kept/checkpoint.pt").read_bytes()
+        with pytest.raises(common.BadInput, match=next(iter(slip.values()))):
+            run(OUT=str(tmp_path / "kept"), STEPS=1, **slip)
+        assert (tmp_path / "kept/checkpoint.pt").read_bytes() == before
+        shutil.rmtree(tmp_path / "kept")
 
 
 def test_wandb_offline_mirrors_the_run(train, tmp_path, monkeypatch):

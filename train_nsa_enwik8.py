@@ -25,7 +25,7 @@ from data import prepare_enwik8
 
 # Data
 DATA = ""             # a file; "" = data/enwik8/enwik8 if it is there, else Python's standard library as text
-SPLIT = (0.05, 0.05)  # shares of DATA for validation and test, from its end; whole numbers above 1 are bytes
+SPLIT = (0.05, 0.05)  # shares of DATA for validation and test, from its end; whole numbers are bytes
 SEQ_LEN = 512         # bytes a row, and the model's context
 PROBE_SHARE = 0.0     # share of rows that are probes: random bytes with copies and needles far apart
 
@@ -106,10 +106,11 @@ def load_bytes(run):
 
 def split(data, name):
     """Training, validation and test bytes by position, in this order."""
-    if len(SPLIT) != 2 or not all(isinstance(s, int | float) and s >= 0 for s in SPLIT) or not SPLIT[0]:
-        raise common.BadInput(f"SPLIT {SPLIT} must be two numbers, of validation (above 0) and test: shares, "
-                              "or whole numbers of bytes")
-    sizes = [int(s) if s > 1 else int(s * len(data)) for s in SPLIT]
+    fits = [type(s) is int and s >= 0 or type(s) is float and 0 <= s < 1 for s in SPLIT]
+    if fits != [True, True] or SPLIT[0] in (0, 1):
+        raise common.BadInput(f"SPLIT {SPLIT} must be two numbers, of validation (at least 2 bytes) and "
+                              "test: shares below 1 or whole numbers of bytes")
+    sizes = [s if type(s) is int else int(s * len(data)) for s in SPLIT]
     cut = len(data) - sum(sizes)
     if sizes[0] < 2 or cut < SEQ_LEN + 1:
         raise common.BadInput(f"{name} has {len(data)} bytes: too few for SPLIT {SPLIT} and training rows of "
@@ -252,7 +253,11 @@ def score():
     """EVAL: bits per byte of a file that the best checkpoint in OUT has never seen."""
     global SEQ_LEN
     run = common.start(SEED, DTYPE)
+    common.divisible(MICRO_BATCH=(MICRO_BATCH, 1))
     model = common.build(common.load(common.newest_checkpoint(OUT))).to(run.device)
+    if model.sizes["vocab_size"] != 256:
+        raise common.BadInput(f"{OUT} holds a model of {model.sizes['vocab_size']} tokens, not of bytes; for "
+                              f"it: python train_pretrain.py EVAL={EVAL} OUT={OUT}")
     SEQ_LEN = model.context
     data = np.frombuffer(prepare_enwik8.read(Path(EVAL)), np.uint8)
     if len(data) < 2:

@@ -33,9 +33,9 @@ def read(path):
     """The bytes of a file; .gz and .zip (its only member) are unpacked. Raises BadInput if that fails."""
     path = Path(path)
     try:
-        if path.suffix == ".gz":
+        if path.suffix.lower() == ".gz":
             found = gzip.decompress(path.read_bytes())
-        elif path.suffix == ".zip":
+        elif path.suffix.lower() == ".zip":
             with zipfile.ZipFile(path) as archive:
                 names = [n for n in archive.namelist() if not n.endswith("/")]
                 if len(names) != 1:
@@ -47,6 +47,8 @@ def read(path):
         raise common.BadInput(f"there is no file {path}; for enwik8: python data/prepare_enwik8.py") from None
     except (EOFError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile) as error:
         raise common.BadInput(f"{path} is cut short or damaged ({error}); fetch it again") from None
+    except RuntimeError as error:                       # a password, an unknown method
+        raise common.BadInput(f"cannot unpack {path} ({error}); give the file that is in it") from None
     except OSError as error:
         raise common.BadInput(f"cannot read {path} ({error.strerror})") from None
     if not found:
