@@ -3983,7 +3983,10 @@ def test_killed_runs_end_with_the_same_bits(fault_folder, script, ranks, kills, 
     folder = fault_folder / f"{script}-{ranks}"
     folder.mkdir()
     seconds = bench.run_to_end(script, words, folder / "whole", ranks)
-    found = bench.survive(script, words, folder, ranks, kills, np.random.default_rng(0), seconds)
+    for seed in range(4):                                # a busy machine may miss the moment of a write
+        found = bench.survive(script, words, folder, ranks, kills, np.random.default_rng(seed), seconds)
+        if found["kills"]:
+            break
     assert found["kills"] and not found["differs"] and found["steps_lost"] <= 3, found
 
 
