@@ -2928,8 +2928,45 @@ def test_unusable_conversations_are_counted_named_and_left_out(chats, tokens, tm
     assert json.loads((folder / "meta.json").read_text())["bad_rows"] == 7
     assert "7 rows left out" in capsys.readouterr().out  # the last: "" and its </s> are fine
     path.write_text(rows[0])
-    with pytest.raises(common.BadInput, match="0 usable conversations: too few; first problem: some.jsonl:1"):
+    with pytest.raises(common.BadInput, match="has no usable conversation; first problem: some.jsonl:1"):
         prepare_chats.prepare(path, tokens / "tokenizer.json", 128, 0.1)
+    path.write_text(chats.read_text().splitlines()[1])
+    with pytest.raises(common.BadInput, match="1 usable conversations: too few to hold out a share of 0.1"):
+        prepare_chats.prepare(path, tokens / "tokenizer.json", 128, 0.1)
+    path.write_text(chats.read_text())
+    prepare_chats.prepare(path, tokens / "tokenizer.json", 50, 0.1)
+    assert "conversations lost their oldest turns to fit into SEQ_LEN 50" in capsys.readouterr().out
+
+
+def test_constants_of_fine_tuning_that_do_not_fit_are_one_sentence(train_chat, chats, tmp_path):
+    for constants, message in (
+        (dict(VALID_SHARE=0.0), "VALID_SHARE 0.0 leaves nothing to validate on"),
+        (dict(VALID_SHARE=1.0), "VALID_SHARE 1.0 leaves nothing to train on"),
+        (dict(SCHEDULE="linear"), "SCHEDULE 'linear' is neither cosine nor wsd"),
+    ):
+        with pytest.raises(common.BadInput) as error:
+            train_chat(**constants)
+        assert message in str(error.value)
+    assert len(common.read_metrics(tmp_path / "run")) == 1          # before the first update, at the latest
+    train_chat(STEPS=1, OUT=str(tmp_path / "one"))
+    with pytest.raises(common.BadInput, match="MICRO_BATCH 0 must be at least 1"):
+        train_chat(EVAL=str(chats), MICRO_BATCH=0, OUT=str(tmp_path / "one"))
+
+
+def test_runs_that_prepare_the_same_conversations_at_once_do_not_disturb_each_other(
+        chats, tokens, tmp_path, monkeypatch):
+    real, arguments = prepare_chats.write, (chats, tokens / "tokenizer.json", 128, 0.1)
+
+    def while_another_does_it_all(*words):
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare_chats, "write", real)
+            patch.setattr(os, "getpid", os.getppid)
+            prepare_chats.prepare(*arguments)
+        real(*words)
+    monkeypatch.setattr(prepare_text, "CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(prepare_chats, "write", while_another_does_it_all)
+    folder = prepare_chats.prepare(*arguments)
+    assert list((tmp_path / "cache").iterdir()) == [folder] and prepare_chats.Chats(folder, "train", 128).count
 
 
 def test_interrupted_and_two_rank_fine_tuning_equal_the_uninterrupted(train_chat, tmp_path):
@@ -2955,7 +2992,8 @@ def test_a_batch_can_be_looked_at(train_chat, tmp_path, capsys):
 
 def test_poems_are_scored_by_their_form_and_wish(tmp_path, monkeypatch):
     poem, other = "春眠不觉晓，处处闻啼鸟。\n夜来风雨声，花落知多少。", "白日依山尽，黄河入海流。"
-    rows = [("写一首含有“花”字的五言绝句。", poem, poem), ("作五言绝句一首，诗中要有“月”字。", poem, poem),
+    moon = "床前明月光，疑是地上霜。\n举头望明月，低头思故乡。"
+    rows = [("写一首含有“花”字的五言绝句。", poem, poem), ("作五言绝句一首，诗中要有“月”字。", poem, moon),
             ("写一首五言绝句，四句的首字依次是“春处夜花”。", poem, poem),
             ("以《春》为题写一首五言绝句。", other, poem),
             ("请接下一句：白日依山尽", "黄河入海流", "黄河入海流。"),
@@ -2969,6 +3007,7 @@ def test_poems_are_scored_by_their_form_and_wish(tmp_path, monkeypatch):
     found = score_poetry.main()
     assert found["form"] == {"n": 1, "form": 0.0} and found["acrostic"]["wish"] == 1
     assert found["keyword"] == {"n": 2, "form": 1.0, "wish": 0.5, "another poem": 0.5}
+    assert found["acrostic"]["another poem"] == 1
     assert found["next line"]["exact"] == 1 and found["author"]["exact"] == 0
     monkeypatch.setattr(score_poetry, "ANSWERS", "")
     monkeypatch.setattr(score_poetry, "OUT", str(tmp_path / "prompts.jsonl"))
@@ -3075,19 +3114,41 @@ def test_interrupted_and_two_rank_alignment_equal_the_uninterrupted(train_pairs,
 
 def test_unusable_pairs_are_named_or_refused(train_pairs, preferences, tmp_path, capsys):
     rows = [json.loads(line) for line in preferences.read_text().splitlines()]
-    bad = [{"chosen": rows[0]["chosen"], "rejected": rows[0]["chosen"]}, {"chosen": rows[0]["chosen"]},
-           {k: v[:1] for k, v in rows[1].items()}, {"chosen": ["x"], "rejected": ["y"]}]
+    bad = [{"chosen": (turns := rows[0]["chosen"]), "rejected": [turns[0], turns[1] | {"score": 1}]},
+           {"chosen": rows[0]["chosen"]},
+           {k: v[:1] for k, v in rows[1].items()}, {"chosen": ["x"], "rejected": ["y"]},
+           {"chosen": rows[0]["chosen"], "rejected": []}]
     path = tmp_path / "bad.jsonl"
     path.write_text("\n".join(map(json.dumps, bad + rows)))
     train_pairs(DATA=str(path), STEPS=2)
     shown = capsys.readouterr().out
     for line, why in ((1, "chosen and rejected are the same"), (2, 'no "rejected" list'),
-                      (3, "chosen and rejected are the same"), (4, "a turn that is no role and content")):
+                      (3, "the last turn is not the assistant's"), (4, "a turn that is no role and content"),
+                      (5, "the last turn is not the assistant's")):
         assert f"bad.jsonl:{line}: {why}" in shown, shown
     path.write_text("\n".join(map(json.dumps, [*rows, {"chosen": rows[0]["chosen"],
                                                        "rejected": rows[1]["rejected"]}])))
     with pytest.raises(common.BadInput, match="bad.jsonl:201: the prompts of chosen and rejected differ"):
         train_pairs(DATA=str(path))
+
+
+def test_pairs_that_differ_anywhere_have_other_fingerprints(tokenizer, tmp_path):
+    found = []
+    for word in ("a", "b"):
+        turns = [{"role": "user", "content": "x " * 1000 + word + " x" * 1000}]
+        row = {k: [*turns, {"role": "assistant", "content": k}] for k in ("chosen", "rejected")}
+        (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
+        found.append(train_dpo.Pairs(tmp_path / "pairs.jsonl", tokenizer, 10_000).fingerprint)
+    assert found[0] != found[1]
+
+
+def test_a_damaged_reference_is_named(train_pairs, monkeypatch, tmp_path):
+    monkeypatch.setattr(train_dpo.prepare_text, "CACHE", str(tmp_path / "cache"))
+    train_pairs(STEPS=1)
+    path, = (tmp_path / "cache").glob("dpo-*.npy")
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(common.BadInput, match="dpo-.*npy is damaged .*; remove it"):
+        train_pairs(STEPS=1)
 
 
 def test_a_reference_of_another_model_is_noticed(train_pairs, monkeypatch):
