@@ -2966,7 +2966,8 @@ def test_runs_that_prepare_the_same_conversations_at_once_do_not_disturb_each_ot
     monkeypatch.setattr(prepare_text, "CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(prepare_chats, "write", while_another_does_it_all)
     folder = prepare_chats.prepare(*arguments)
-    assert list((tmp_path / "cache").iterdir()) == [folder] and prepare_chats.Chats(folder, "train", 128).count
+    assert list((tmp_path / "cache").iterdir()) == [folder]
+    assert prepare_chats.Chats(folder, "train", 128).count > 0
 
 
 def test_interrupted_and_two_rank_fine_tuning_equal_the_uninterrupted(train_chat, tmp_path):
@@ -3199,7 +3200,10 @@ def test_exported_models_give_our_logits_and_come_back(tokens, tmp_path, monkeyp
         monkeypatch.setattr(export, name, value)
     with contextlib.suppress(common.BadInput):                              # 300 tokens, another tokenizer
         export.main()
-    same_weights(export.load_folder(tmp_path / "hf")["model"], common.load(tmp_path / "run/best.pt")["model"])
+    back = export.load_folder(tmp_path / "hf")
+    same_weights(back["model"], common.load(tmp_path / "run/best.pt")["model"])
+    with torch.no_grad():
+        assert torch.equal(common.build(back).eval().hidden(ids)[0], ours.hidden(ids)[0])    # YaRN, too
 
 
 def test_an_exported_folder_is_read_back_and_trained_on(base, train_chat, tmp_path, monkeypatch):
@@ -3246,13 +3250,44 @@ def test_folders_that_are_no_such_model_are_refused(base, tmp_path, monkeypatch)
         ({"hidden_act": "gelu"}, "hidden_act gelu"),
         ({"num_hidden_layers": 3}, "does not fit its config.json: missing"),
         ({"intermediate_size": 7}, "config.json asks for"),
+        ({"use_sliding_window": True}, "has use_sliding_window"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 8}}, "has a YaRN of its own"),
     ):
         (tmp_path / "hf/config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(common.BadInput) as error:
             export.load_folder(tmp_path / "hf")
         assert message in str(error.value)
+    for text, message in (("{}", "holds a None"), ("{", "cannot be read as JSON"), ("[]", "no JSON object"),
+                          ('{"model_type": "qwen3"}', "config.json lacks 'num_attention_heads'")):
+        (tmp_path / "hf/config.json").write_text(text)
+        with pytest.raises(common.BadInput, match=message):
+            export.load_folder(tmp_path / "hf")
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(export, "IMPORT", str(tmp_path / "hf"))
+    with pytest.raises(common.BadInput, match="is the folder to read; choose another OUT"):
+        export.main()
+    (tmp_path / "hf/model.safetensors").write_bytes(b"\x99" * 100)
+    with pytest.raises(common.BadInput, match="cannot be read as safetensors"):
+        export.load_folder(tmp_path / "hf")
     with pytest.raises(common.BadInput, match="has no config.json"):
         export.load_folder(tmp_path)
+
+
+def test_an_export_writes_over_no_run_and_names_a_missing_tokenizer(tokens, tmp_path, monkeypatch, capsys):
+    saved_lm(tmp_path / "run", tokens)
+    monkeypatch.setattr(export, "CHECKPOINT", str(tmp_path / "run"))
+    monkeypatch.setattr(export, "OUT", str(tmp_path / "run"))
+    with pytest.raises(common.BadInput, match="holds a run, whose config.json and weights"):
+        export.main()
+    assert not (tmp_path / "run/config.json").exists()
+    (tmp_path / "run/tokenizer.json").unlink()
+    monkeypatch.setattr(export, "OUT", str(tmp_path / "hf"))
+    export.main()
+    assert f"no tokenizer: {tmp_path}/run has none" in capsys.readouterr().out
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(export, "OUT", str(tmp_path / "file"))
+    with pytest.raises(common.BadInput, match="cannot write to OUT="):
+        export.main()
 
 
 # Low-rank adapters.
@@ -3334,6 +3369,21 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
         common.load_adapter(tiny_lm(n_layers=1), tmp_path)
     with pytest.raises(common.BadInput, match="must be some of q, k, v"):
         common.add_lora(tiny_lm(), ("x",), 2, 2.0)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    for change in ({"alpha_pattern": {"q_proj": 64}}, {"rank_pattern": {"q_proj": 2}}, {"use_dora": True},
+                   {"init_lora_weights": "pissa"}, {"bias": "all"}, {"peft_type": "IA3"}):  # other numbers
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(common.BadInput, match="is not of a plain LoRA adapter") as error:
+            common.load_adapter(tiny_lm(), tmp_path)
+        assert str(change) in str(error.value)
+    for text, message in (("{", "cannot be read as JSON"), ('{"peft_type": "LORA"}', "lacks r, lora_alpha")):
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(common.BadInput, match=message):
+            common.load_adapter(tiny_lm(), tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"\x99" * 100)
+    with pytest.raises(common.BadInput, match="cannot be read as safetensors"):
+        common.load_adapter(tiny_lm(), tmp_path)
 
 
 @pytest.fixture
@@ -3388,6 +3438,28 @@ def test_adapters_are_scored_on_unseen_conversations(train_adapter, chats, tmp_p
     assert scored["answer_tokens"] > 100 and json.loads((tmp_path / "run/eval.json").read_text()) == scored
     with pytest.raises(common.BadInput, match="has no adapter_config.json; train one first"):
         train_adapter(EVAL=str(chats), OUT=str(tmp_path / "none"))
+    config = tmp_path / "run/adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": None}))
+    with pytest.raises(common.BadInput, match="does not name its base"):
+        train_adapter(EVAL=str(chats))
+
+
+def test_a_checkpoint_with_an_adapter_beside_its_base_is_no_model(train_adapter, tmp_path, monkeypatch):
+    train_adapter(STEPS=1, MERGE=False)
+    monkeypatch.setattr(export, "CHECKPOINT", str(tmp_path / "run"))
+    monkeypatch.setattr(export, "OUT", str(tmp_path / "hf"))
+    for use in (export.main, lambda: train_adapter(INIT=str(tmp_path / "run"), OUT=str(tmp_path / "next"))):
+        with pytest.raises(common.BadInput, match="an adapter beside its base; name the base"):
+            use()
+    assert not (tmp_path / "hf").exists()
+
+
+def test_an_adapter_is_not_put_on_what_holds_it_merged(train_adapter, tmp_path, monkeypatch):
+    train_adapter(STEPS=1)
+    monkeypatch.setattr(serve, "CHECKPOINT", str(tmp_path / "run"))
+    monkeypatch.setattr(serve, "ADAPTER", str(tmp_path / "run"))
+    with pytest.raises(common.BadInput, match="merged already; leave ADAPTER out"):
+        serve.load()
 
 
 # Distillation.
