@@ -3152,6 +3152,15 @@ def test_a_damaged_reference_is_named(train_pairs, monkeypatch, tmp_path):
         train_pairs(STEPS=1)
 
 
+def test_a_machine_without_the_reference_file_gets_it_from_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_dpo.prepare_text, "CACHE", str(tmp_path))
+    known = np.random.default_rng(0).random((5, 2))
+    monkeypatch.setattr(common.Run, "share", lambda run, thing: known)
+    run = common.Run(1, 0, 1, torch.device("cpu"), torch.float32, 0)
+    found = train_dpo.references(run, None, None, 128, "key")
+    assert torch.equal(found, torch.from_numpy(known).float()) and not list(tmp_path.iterdir())
+
+
 def test_a_reference_of_another_model_is_noticed(train_pairs, monkeypatch):
     real = train_dpo.references
     monkeypatch.setattr(train_dpo, "references", lambda *a: real(*a) + torch.tensor([0.5, 0.0]))
@@ -3430,6 +3439,20 @@ def test_interrupted_and_two_rank_adapters_equal_the_uninterrupted(train_adapter
     constants = common.load(tmp_path / "plain/checkpoint.pt")["constants"] | {"OUT": str(tmp_path / "two")}
     finish(launch("train_lora.py", *(f"{k}={v}" for k, v in constants.items()), ranks=2))
     same_weights(weights(tmp_path / "two"), weights(tmp_path / "plain"), 1e-4)
+
+
+def test_an_adapter_is_trained_by_machines_that_do_not_see_each_others_folders(chats, base, tmp_path):
+    constants = {k: v for k, v in TINY.items() if hasattr(train_lora, k)} | dict(
+        DATA=chats, GENERAL=chats, INIT=base, VALID_SHARE=0.1, SEQ_LEN=0, EXACT_ROWS=4, STEPS=1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    there = dict(WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    words = [f"{k}={v}" for k, v in constants.items()]
+    processes = [launch("train_lora.py", *words, f"OUT={tmp_path / str(n)}",
+                        env=os.environ | there | {"RANK": str(n)}) for n in (0, 1)]
+    assert ["done: " in finish(process) for process in processes] == [True, False]
+    assert (tmp_path / "0/best.pt").exists() and not (tmp_path / "1").exists()
 
 
 def test_adapters_are_scored_on_unseen_conversations(train_adapter, chats, tmp_path):
@@ -3963,6 +3986,28 @@ def test_bytes_and_muons_that_changed_under_an_unfinished_run_are_refused(train_
     torch.save({"x_data": x, "y_data": y.flatten(1)}, tmp_path / "m.pt")     # the same hits, another answer
     with pytest.raises(common.BadInput, match=r"the data .*m\.pt changed since this run began"):
         train_muons(**constants)
+
+
+def test_a_base_that_changed_under_an_unfinished_run_is_refused(train_chat, distil, base, tmp_path):
+    for run in (train_chat, distil):
+        shutil.copytree(base, tmp_path / "base")
+        options = dict(INIT=str(tmp_path / "base"), OUT=str(tmp_path / run.__qualname__.split(".")[0]))
+        with pytest.raises(SystemExit):
+            interrupted(run, 5, **options)
+        found = common.load(tmp_path / "base/best.pt")
+        torch.save({**found, "step": found["step"] + 1}, tmp_path / "base/best.pt")
+        with pytest.raises(common.BadInput, match="base.* changed since this run began"):
+            run(**options)
+        shutil.rmtree(tmp_path / "base")
+
+
+def test_students_that_do_not_fit_are_one_sentence(distil, teacher, tmp_path):
+    (tmp_path / "bare").mkdir()
+    shutil.copy(teacher / "best.pt", tmp_path / "bare")
+    for constants, message in ((dict(INIT=str(tmp_path / "bare")), "there is no tokenizer"),
+                               (dict(DIM=50, N_HEADS=2), "DIM 50 must be a positive multiple of 4")):
+        with pytest.raises(common.BadInput, match=message):
+            distil(**constants)
 
 
 def test_a_base_that_changed_under_an_unfinished_adapter_is_refused(train_adapter, base, tmp_path):
