@@ -2989,6 +2989,7 @@ def test_a_batch_can_be_looked_at(train_chat, tmp_path, capsys):
     supervised = [line for line in shown if " loss " in line]
     assert any("'</s>'" in line for line in supervised) and any("'<s>'" in line for line in shown)
     assert 0 < len(supervised) < len(shown) and not (tmp_path / "run").exists()
+    assert not any("'<s>'" in line for line in supervised)
 
 
 def test_poems_are_scored_by_their_form_and_wish(tmp_path, monkeypatch):
@@ -3056,6 +3057,24 @@ def test_preferences_are_learned_from_ln_2_on(train_pairs, chats, tmp_path, pref
     assert (
         train_pairs(AVERAGE=True, SFT_WEIGHT=0.1, OPTIMIZER="muon", OUT=str(tmp_path / "other"))["pairs"] > 20
     )
+
+
+def test_every_update_reads_a_batch_and_the_weight_of_chosen_answers_adds_their_nats(train_pairs, tmp_path,
+                                                                                      monkeypatch):
+    real, counts = common.update, []
+
+    def counted(*arguments):
+        done = real(*arguments)
+        counts.append(done.count)
+        return done
+    monkeypatch.setattr(common, "update", counted)
+    train_pairs(STEPS=7, BATCH=50, MICRO_BATCH=25, SFT_WEIGHT=0.5)                   # of about 157 pairs
+    assert counts == [50] * 7
+    lines = [line for line in common.read_metrics(tmp_path / "run") if "margin" in line and "lr" in line]
+    for line in lines:
+        assert line["margin"] == pytest.approx(line["reward_chosen"] - line["reward_rejected"], abs=1e-9)
+    nats = common.read_metrics(tmp_path / "run")[0]["valid_nats_per_answer_token"]
+    assert lines[0]["loss"] == pytest.approx(math.log(2) + 0.5 * nats, rel=0.1)
 
 
 def test_preference_loss_and_gradients_equal_the_plain_formula(preferences, tokenizer, monkeypatch):
@@ -3228,7 +3247,9 @@ def test_an_exported_folder_is_read_back_and_trained_on(base, train_chat, tmp_pa
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     messages = [{"role": "user", "content": "hi </s>\n你好"}]
     text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert text.endswith("<s>assistant\n") and (tmp_path / "hf/generation_config.json").exists()
+    generation = json.loads((tmp_path / "hf/generation_config.json").read_text())
+    assert text.endswith("<s>assistant\n")
+    assert (generation["eos_token_id"], generation["temperature"]) == (2, 0.8)
 
 
 @pytest.mark.parametrize(
@@ -3408,7 +3429,8 @@ def test_an_adapter_learns_and_is_served(train_adapter, base, tmp_path, monkeypa
     found = train_adapter(STEPS=100, LR=2e-2, RANK=16, ALPHA=32.0)
     assert found["nats_per_answer_token"] < 0.95 * found["before_nats_per_answer_token"]
     assert found["general_nats_per_answer_token"] < found["general_before_nats_per_answer_token"]
-    assert found["trained_parameters"] < found["parameters"]
+    whole = sum(w.numel() for w in weights(base, "best.pt").values())
+    assert found["trained_parameters"] < found["parameters"] == whole
     questions = tmp_path / "q.jsonl"
     questions.write_text('{"messages": [{"role": "user", "content": "5: say hat blue"}]}\n')
     answers = []
@@ -3434,6 +3456,8 @@ def test_interrupted_and_two_rank_adapters_equal_the_uninterrupted(train_adapter
         interrupted(train_adapter, 6, **options)
     train_adapter(**options)
     same_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    frozen = [w for name, w in weights(tmp_path / "run").items() if name.endswith(".base.weight")]
+    assert frozen and all(torch.equal(w, w.bfloat16().float()) for w in frozen)
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
     train_adapter(OUT=str(tmp_path / "plain"))
     constants = common.load(tmp_path / "plain/checkpoint.pt")["constants"] | {"OUT": str(tmp_path / "two")}
@@ -3504,6 +3528,18 @@ def test_distilled_loss_and_gradients_equal_the_plain_formula(alpha, temperature
         close(a, b, 1e-8)
 
 
+def test_experts_of_a_student_are_balanced(monkeypatch):
+    model = train_distill.Student(tiny_lm(n_experts=4).float())
+    ids = torch.randint(0, 300, (2, 20))
+    batch = ids, torch.zeros_like(ids), ids, (torch.randn(2, 20, 8), torch.randn(300, 8))
+    balance = model.model.hidden(*batch[:2])[1]
+    losses = []
+    for weight in (0.0, 0.5):
+        monkeypatch.setattr(train_distill, "AUX_LOSS_ALPHA", weight)
+        losses.append(model(*batch)[0])
+    close(losses[1] - losses[0], 0.5 * balance, 1e-3)
+
+
 @pytest.fixture(scope="session")
 def doubtful(tmp_path_factory):
     """Conversations whose answers are drawn: 400 for the teacher, 40 for the student, 100 to judge."""
@@ -3565,6 +3601,17 @@ def test_a_student_learns_more_with_its_teacher(distil, doubtful, tmp_path):
     assert json.loads((tmp_path / "run/eval.json").read_text()) == scored
     again = distil(INIT=str(tmp_path / "alone"), STEPS=2, OUT=str(tmp_path / "more"), TEACHER_DTYPE="float32")
     assert again["nats_per_answer_token"] < alone["nats_per_answer_token"] + 0.5
+
+
+def test_the_teacher_is_held_in_the_dtype_that_was_asked_for(distil, monkeypatch):
+    real, held = train_distill.Student.forward, set()
+
+    def watched(student, ids, docs, targets, teacher):
+        held.update(part.dtype for part in teacher)
+        return real(student, ids, docs, targets, teacher)
+    monkeypatch.setattr(train_distill.Student, "forward", watched)
+    distil(STEPS=1, TEACHER_DTYPE="bfloat16")
+    assert held == {torch.bfloat16}
 
 
 def test_a_mixture_of_experts_teaches_a_dense_student(distil, train, tmp_path):
