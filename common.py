@@ -459,14 +459,14 @@ def lr_scale(step: int, steps: int, warmup: int, floor: float = 0.0, schedule: s
     Linear warm-up over `warmup` updates, then "cosine" down to `floor`, or "wsd": stable, then linear to
     `floor` over the last `decay` share of `steps` (arXiv 2404.06395).
     """
+    if schedule not in ("cosine", "wsd"):
+        raise BadInput(f"SCHEDULE {schedule!r} is neither cosine nor wsd")
     if step < warmup:
         return (step + 1) / (warmup + 1)
     done = (step - warmup) / max(1, steps - warmup)
     if schedule == "cosine":
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    if schedule == "wsd":
-        return floor + (1 - floor) * min(1.0, max(0.0, steps - step) / max(1.0, decay * steps))
-    raise BadInput(f"SCHEDULE {schedule!r} is neither cosine nor wsd")
+    return floor + (1 - floor) * min(1.0, max(0.0, steps - step) / max(1.0, decay * steps))
 
 
 def owned_once(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -3246,6 +3246,9 @@ def build(checkpoint: dict, **changes) -> nn.Module:
     if checkpoint["kind"] not in MODELS:
         raise BadInput(f"the checkpoint holds a {checkpoint['kind']}; this works on {' or '.join(MODELS)}")
     model = MODELS[checkpoint["kind"]](**{**checkpoint["sizes"], **changes})
+    if any(name.endswith(".base.weight") for name in checkpoint["model"]):
+        raise BadInput("the checkpoint is for train_lora.py to go on from, an adapter beside its base; name "
+                       "the base (for serve.py ADAPTER= besides), or train with MERGE=True")
     model.load_state_dict(checkpoint["model"])
     return model
 
@@ -3374,18 +3377,51 @@ def save_adapter(out: str | Path, model: nn.Module, base: str, rank: int, alpha:
     write_whole(out / "adapter_config.json", lambda file: file.write(json.dumps(config, indent=1).encode()))
 
 
+def read_json(path: Path) -> dict:
+    """A JSON file that holds an object. Raises BadInput."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path.parent} has no {path.name}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"{path} cannot be read as JSON ({_first_line(error)})") from None
+    if not isinstance(found, dict):
+        raise BadInput(f"{path} holds no JSON object")
+    return found
+
+
+def read_safetensors(path: Path) -> dict:
+    """The tensors of a .safetensors file by name. Raises BadInput."""
+    from safetensors.torch import load_file
+    try:
+        return load_file(path)
+    except Exception as error:  # the library has a class of its own for a damaged file
+        raise BadInput(f"{path} cannot be read as safetensors ({_first_line(error)})") from None
+
+
+def adapter_config(folder: str | Path) -> dict:
+    """adapter_config.json of a folder in PEFT layout. Raises BadInput unless it is a LoRA that `LoRA` can
+    be."""
+    path = Path(folder) / "adapter_config.json"
+    config = read_json(path)
+    plain = dict(peft_type="LORA", bias="none", use_dora=False, rank_pattern={}, alpha_pattern={})
+    other = {k: config[k] for k, v in plain.items() if config.get(k, v) not in (v, None)}
+    started = config.get("init_lora_weights", True)
+    if isinstance(started, str) and started not in ("gaussian", "orthogonal", "eva"):
+        other["init_lora_weights"] = started  # these change the base
+    if other:
+        raise BadInput(f"{path} is not of a plain LoRA adapter: {other}")
+    missing = [k for k in ("peft_type", "r", "lora_alpha") if k not in config]
+    if missing:
+        raise BadInput(f"{path} lacks {', '.join(missing)}")
+    return config
+
+
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """The model with the adapter of a folder in PEFT layout around its layers. Raises BadInput when the two
     do not fit."""
-    from safetensors.torch import load_file
     folder = Path(folder)
-    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
-        raise BadInput(f"{folder} has no adapter_config.json and adapter_model.safetensors")
-    config, state = json.loads((folder / "adapter_config.json").read_text()), load_file(
-        folder / "adapter_model.safetensors")
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or config.get("use_dora"):
-        raise BadInput(f"{folder} is not a plain LoRA adapter (peft_type {config.get('peft_type')}, bias "
-                       f"{config.get('bias')})")
+    config, state = adapter_config(folder), read_safetensors(folder / "adapter_model.safetensors")
     stems = {hf_name(name + ".").rstrip("."): name for name, m in model.named_modules()
              if isinstance(m, nn.Linear)}
     wanted = {f"base_model.model.{theirs}.lora_{side}.weight": (name, side)

@@ -26,7 +26,7 @@ DTYPE = "float32"     # of the exported weights; "bfloat16" and "float16" are sm
 
 def config_of(sizes):
     """config.json of a model of these sizes. Raises BadInput where no standard class is exact."""
-    s = dict(sizes)
+    s, yarn = dict(sizes), YARN if YARN != 1 else sizes["yarn"]
     if s.get("attention", "full") != "full":
         raise common.BadInput(
             f"ATTENTION={s['attention']} has no standard class in transformers; a model with full "
@@ -41,8 +41,8 @@ def config_of(sizes):
         raise common.BadInput("experts without QK_NORM have no exact standard class; train with QK_NORM=True")
     kind = "qwen3_moe" if s["n_experts"] else "qwen3" if s["qk_norm"] else "llama"
     rope = {"rope_type": "default", "rope_theta": s["theta"]}
-    if YARN != 1:
-        rope = {"rope_type": "yarn", "rope_theta": s["theta"], "factor": YARN,
+    if yarn != 1:
+        rope = {"rope_type": "yarn", "rope_theta": s["theta"], "factor": yarn,
                 "original_max_position_embeddings": s["seq_len"]}
     config = {
         "architectures": [
@@ -63,9 +63,9 @@ def config_of(sizes):
         "attention_bias": False,
         "attention_dropout": 0.0,
         "tie_word_embeddings": s["tied"],
-        "max_position_embeddings": int(s["seq_len"] * YARN),
+        "max_position_embeddings": int(s["seq_len"] * yarn),
         "rope_theta": s["theta"],
-        "rope_scaling": None if YARN == 1 else rope,
+        "rope_scaling": None if yarn == 1 else rope,
         "rope_parameters": rope,
         "bos_token_id": common.BOS,
         "eos_token_id": common.EOS,
@@ -97,8 +97,15 @@ def export():
         raise common.BadInput(f"DTYPE {DTYPE!r} is not one of float32, bfloat16, float16")
     common.within(1, 1000, YARN=YARN)
     config, out = config_of(found["sizes"]), Path(OUT)
-    state = {common.hf_name(k): v.to(getattr(torch, DTYPE)).contiguous() for k, v in found["model"].items()}
-    out.mkdir(parents=True, exist_ok=True)
+    if any(out.glob("*.pt")):
+        raise common.BadInput(f"OUT={OUT} holds a run, whose config.json and weights would be written over; "
+                              "choose another OUT")
+    state = common.build(found).state_dict()
+    state = {common.hf_name(k): v.to(getattr(torch, DTYPE)).contiguous() for k, v in state.items()}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise common.BadInput(f"cannot write to OUT={OUT} ({error.strerror}); choose another OUT") from None
     generation = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")} | {
         "do_sample": True, "temperature": 0.8}
     for name, value in (("config.json", config), ("generation_config.json", generation)):
@@ -115,7 +122,8 @@ def export():
         text = json.dumps(about, ensure_ascii=False, indent=1).encode()
         common.write_whole(out / "tokenizer_config.json", lambda file: file.write(text))
     size = sum(v.numel() for v in state.values())
-    print(f"{out}: {config['architectures'][0]}, {size / 1e6:.1f}M parameters {DTYPE}, of {path}")
+    bare = "" if (out / "tokenizer.json").exists() else f"; no tokenizer: {path.parent} has none"
+    print(f"{out}: {config['architectures'][0]}, {size / 1e6:.1f}M parameters {DTYPE}, of {path}{bare}")
     return out
 
 
@@ -133,10 +141,18 @@ def sizes_of(config, folder):
         raise common.BadInput(
             f"{folder} has biases or hidden_act {config.get('hidden_act')}; this model has no biases and silu"
         )
+    if config.get("use_sliding_window"):
+        raise common.BadInput(f"{folder} has use_sliding_window; full attention can be read")
     heads = config["num_attention_heads"]
-    seq_len = config.get("max_position_embeddings", 2048)
+    seq_len, yarn = config.get("max_position_embeddings", 2048), 1.0
     if rope.get("rope_type", rope.get("type")) == "yarn":
-        seq_len = rope.get("original_max_position_embeddings", int(seq_len / rope["factor"]))
+        plain = dict(attention_factor=None, beta_fast=32, beta_slow=1, mscale=None, mscale_all_dim=None,
+                     truncate=True)
+        other = {k: rope[k] for k, v in plain.items() if rope.get(k) not in (v, None)}
+        if other:
+            raise common.BadInput(f"{folder} has a YaRN of its own: {other}; only the factor can be read")
+        yarn = float(rope["factor"])
+        seq_len = rope.get("original_max_position_embeddings") or int(seq_len / yarn)
     sizes = dict(
         vocab_size=config["vocab_size"],
         dim=config["hidden_size"],
@@ -147,6 +163,7 @@ def sizes_of(config, folder):
         hidden_dim=config["intermediate_size"],
         seq_len=seq_len,
         theta=rope.get("rope_theta") or config.get("rope_theta", 1e4),
+        yarn=yarn,
         tied=bool(config.get("tie_word_embeddings")),
         qk_norm=kind != "llama",
         eps=config.get("rms_norm_eps", 1e-6),
@@ -167,15 +184,15 @@ def sizes_of(config, folder):
 
 def load_folder(folder):
     """A checkpoint dict (kind, sizes, model, step) of a Hugging Face folder. Raises BadInput."""
-    from safetensors.torch import load_file
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise common.BadInput(f"{folder} has no config.json; IMPORT names a Hugging Face folder")
-    sizes = sizes_of(json.loads((folder / "config.json").read_text()), folder)
+    try:
+        sizes = sizes_of(common.read_json(folder / "config.json"), folder)
+    except KeyError as error:
+        raise common.BadInput(f"{folder}/config.json lacks {error}") from None
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise common.BadInput(f"{folder} has no .safetensors; save the model with safe_serialization")
-    state = {k: v for file in files for k, v in load_file(file).items()}
+    state = {k: v for file in files for k, v in common.read_safetensors(file).items()}
     with torch.device("meta"):
         model = common.LM(**sizes)
     wanted = {common.hf_name(k): k for k in model.state_dict()}
@@ -197,6 +214,8 @@ def load_folder(folder):
 def read_back():
     """Write OUT/best.pt of the Hugging Face folder IMPORT."""
     found, out = load_folder(IMPORT), Path(OUT)
+    if out.resolve() == Path(IMPORT).resolve():
+        raise common.BadInput(f"OUT={OUT} is the folder to read; choose another OUT")
     if not (Path(IMPORT) / "tokenizer.json").is_file():
         raise common.BadInput(f"{IMPORT} has no tokenizer.json")
     tokenizer = common.load_tokenizer(Path(IMPORT) / "tokenizer.json")

@@ -116,6 +116,9 @@ def load():
         "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     )
     model = common.build(found, **changes)
+    if ADAPTER and Path(ADAPTER).resolve() == path.parent.resolve():
+        raise common.BadInput(f"{path} holds ADAPTER={ADAPTER} merged already; leave ADAPTER out, or name "
+                              "the base as CHECKPOINT")
     if ADAPTER:
         model = common.merge_lora(common.load_adapter(model, ADAPTER))
     int8 = DTYPE == "int8"

@@ -3412,8 +3412,46 @@ def test_unusable_conversations_are_counted_named_and_left_out(chats, tokens, tm
     assert json.loads((folder / "meta.json").read_text())["bad_rows"] == 7
     assert "7 rows left out" in capsys.readouterr().out  # the last: "" and its </s> are fine
     path.write_text(rows[0])
-    with pytest.raises(common.BadInput, match="0 usable conversations: too few; first problem: some.jsonl:1"):
+    with pytest.raises(common.BadInput, match="has no usable conversation; first problem: some.jsonl:1"):
         prepare_chats.prepare(path, tokens / "tokenizer.json", 128, 0.1)
+    path.write_text(chats.read_text().splitlines()[1])
+    with pytest.raises(common.BadInput, match="1 usable conversations: too few to hold out a share of 0.1"):
+        prepare_chats.prepare(path, tokens / "tokenizer.json", 128, 0.1)
+    path.write_text(chats.read_text())
+    prepare_chats.prepare(path, tokens / "tokenizer.json", 50, 0.1)
+    assert "conversations lost their oldest turns to fit into SEQ_LEN 50" in capsys.readouterr().out
+
+
+def test_constants_of_fine_tuning_that_do_not_fit_are_one_sentence(train_chat, chats, tmp_path):
+    for constants, message in (
+        (dict(VALID_SHARE=0.0), "VALID_SHARE 0.0 leaves nothing to validate on"),
+        (dict(VALID_SHARE=1.0), "VALID_SHARE 1.0 leaves nothing to train on"),
+        (dict(SCHEDULE="linear"), "SCHEDULE 'linear' is neither cosine nor wsd"),
+    ):
+        with pytest.raises(common.BadInput) as error:
+            train_chat(**constants)
+        assert message in str(error.value)
+    assert len(common.read_metrics(tmp_path / "run")) == 1          # before the first update, at the latest
+    train_chat(STEPS=1, OUT=str(tmp_path / "one"))
+    with pytest.raises(common.BadInput, match="MICRO_BATCH 0 must be at least 1"):
+        train_chat(EVAL=str(chats), MICRO_BATCH=0, OUT=str(tmp_path / "one"))
+
+
+def test_runs_that_prepare_the_same_conversations_at_once_do_not_disturb_each_other(
+        chats, tokens, tmp_path, monkeypatch):
+    real, arguments = prepare_chats.write, (chats, tokens / "tokenizer.json", 128, 0.1)
+
+    def while_another_does_it_all(*words):
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare_chats, "write", real)
+            patch.setattr(os, "getpid", os.getppid)
+            prepare_chats.prepare(*arguments)
+        real(*words)
+    monkeypatch.setattr(prepare_text, "CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(prepare_chats, "write", while_another_does_it_all)
+    folder = prepare_chats.prepare(*arguments)
+    assert list((tmp_path / "cache").iterdir()) == [folder]
+    assert prepare_chats.Chats(folder, "train", 128).count > 0
 
 
 def test_interrupted_and_two_rank_fine_tuning_equal_the_uninterrupted(train_chat, tmp_path):
@@ -3435,11 +3473,13 @@ def test_a_batch_can_be_looked_at(train_chat, tmp_path, capsys):
     supervised = [line for line in shown if " loss " in line]
     assert any("'</s>'" in line for line in supervised) and any("'<s>'" in line for line in shown)
     assert 0 < len(supervised) < len(shown) and not (tmp_path / "run").exists()
+    assert not any("'<s>'" in line for line in supervised)
 
 
 def test_poems_are_scored_by_their_form_and_wish(tmp_path, monkeypatch):
     poem, other = "春眠不觉晓，处处闻啼鸟。\n夜来风雨声，花落知多少。", "白日依山尽，黄河入海流。"
-    rows = [("写一首含有“花”字的五言绝句。", poem, poem), ("作五言绝句一首，诗中要有“月”字。", poem, poem),
+    moon = "床前明月光，疑是地上霜。\n举头望明月，低头思故乡。"
+    rows = [("写一首含有“花”字的五言绝句。", poem, poem), ("作五言绝句一首，诗中要有“月”字。", poem, moon),
             ("写一首五言绝句，四句的首字依次是“春处夜花”。", poem, poem),
             ("以《春》为题写一首五言绝句。", other, poem),
             ("请接下一句：白日依山尽", "黄河入海流", "黄河入海流。"),
@@ -3453,6 +3493,7 @@ def test_poems_are_scored_by_their_form_and_wish(tmp_path, monkeypatch):
     found = score_poetry.main()
     assert found["form"] == {"n": 1, "form": 0.0} and found["acrostic"]["wish"] == 1
     assert found["keyword"] == {"n": 2, "form": 1.0, "wish": 0.5, "another poem": 0.5}
+    assert found["acrostic"]["another poem"] == 1
     assert found["next line"]["exact"] == 1 and found["author"]["exact"] == 0
     monkeypatch.setattr(score_poetry, "ANSWERS", "")
     monkeypatch.setattr(score_poetry, "OUT", str(tmp_path / "prompts.jsonl"))
@@ -3500,6 +3541,24 @@ def test_preferences_are_learned_from_ln_2_on(train_pairs, chats, tmp_path, pref
     assert (
         train_pairs(AVERAGE=True, SFT_WEIGHT=0.1, OPTIMIZER="muon", OUT=str(tmp_path / "other"))["pairs"] > 20
     )
+
+
+def test_every_update_reads_a_batch_and_the_weight_of_chosen_answers_adds_their_nats(train_pairs, tmp_path,
+                                                                                      monkeypatch):
+    real, counts = common.update, []
+
+    def counted(*arguments):
+        done = real(*arguments)
+        counts.append(done.count)
+        return done
+    monkeypatch.setattr(common, "update", counted)
+    train_pairs(STEPS=7, BATCH=50, MICRO_BATCH=25, SFT_WEIGHT=0.5)                   # of about 157 pairs
+    assert counts == [50] * 7
+    lines = [line for line in common.read_metrics(tmp_path / "run") if "margin" in line and "lr" in line]
+    for line in lines:
+        assert line["margin"] == pytest.approx(line["reward_chosen"] - line["reward_rejected"], abs=1e-9)
+    nats = common.read_metrics(tmp_path / "run")[0]["valid_nats_per_answer_token"]
+    assert lines[0]["loss"] == pytest.approx(math.log(2) + 0.5 * nats, rel=0.1)
 
 
 def test_preference_loss_and_gradients_equal_the_plain_formula(preferences, tokenizer, monkeypatch):
@@ -3559,19 +3618,50 @@ def test_interrupted_and_two_rank_alignment_equal_the_uninterrupted(train_pairs,
 
 def test_unusable_pairs_are_named_or_refused(train_pairs, preferences, tmp_path, capsys):
     rows = [json.loads(line) for line in preferences.read_text().splitlines()]
-    bad = [{"chosen": rows[0]["chosen"], "rejected": rows[0]["chosen"]}, {"chosen": rows[0]["chosen"]},
-           {k: v[:1] for k, v in rows[1].items()}, {"chosen": ["x"], "rejected": ["y"]}]
+    bad = [{"chosen": (turns := rows[0]["chosen"]), "rejected": [turns[0], turns[1] | {"score": 1}]},
+           {"chosen": rows[0]["chosen"]},
+           {k: v[:1] for k, v in rows[1].items()}, {"chosen": ["x"], "rejected": ["y"]},
+           {"chosen": rows[0]["chosen"], "rejected": []}]
     path = tmp_path / "bad.jsonl"
     path.write_text("\n".join(map(json.dumps, bad + rows)))
     train_pairs(DATA=str(path), STEPS=2)
     shown = capsys.readouterr().out
     for line, why in ((1, "chosen and rejected are the same"), (2, 'no "rejected" list'),
-                      (3, "chosen and rejected are the same"), (4, "a turn that is no role and content")):
+                      (3, "the last turn is not the assistant's"), (4, "a turn that is no role and content"),
+                      (5, "the last turn is not the assistant's")):
         assert f"bad.jsonl:{line}: {why}" in shown, shown
     path.write_text("\n".join(map(json.dumps, [*rows, {"chosen": rows[0]["chosen"],
                                                        "rejected": rows[1]["rejected"]}])))
     with pytest.raises(common.BadInput, match="bad.jsonl:201: the prompts of chosen and rejected differ"):
         train_pairs(DATA=str(path))
+
+
+def test_pairs_that_differ_anywhere_have_other_fingerprints(tokenizer, tmp_path):
+    found = []
+    for word in ("a", "b"):
+        turns = [{"role": "user", "content": "x " * 1000 + word + " x" * 1000}]
+        row = {k: [*turns, {"role": "assistant", "content": k}] for k in ("chosen", "rejected")}
+        (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
+        found.append(train_dpo.Pairs(tmp_path / "pairs.jsonl", tokenizer, 10_000).fingerprint)
+    assert found[0] != found[1]
+
+
+def test_a_damaged_reference_is_named(train_pairs, monkeypatch, tmp_path):
+    monkeypatch.setattr(train_dpo.prepare_text, "CACHE", str(tmp_path / "cache"))
+    train_pairs(STEPS=1)
+    path, = (tmp_path / "cache").glob("dpo-*.npy")
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(common.BadInput, match="dpo-.*npy is damaged .*; remove it"):
+        train_pairs(STEPS=1)
+
+
+def test_a_machine_without_the_reference_file_gets_it_from_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_dpo.prepare_text, "CACHE", str(tmp_path))
+    known = np.random.default_rng(0).random((5, 2))
+    monkeypatch.setattr(common.Run, "share", lambda run, thing: known)
+    run = common.Run(1, 0, 1, torch.device("cpu"), torch.float32, 0)
+    found = train_dpo.references(run, None, None, 128, "key")
+    assert torch.equal(found, torch.from_numpy(known).float()) and not list(tmp_path.iterdir())
 
 
 def test_a_reference_of_another_model_is_noticed(train_pairs, monkeypatch):
@@ -3622,7 +3712,10 @@ def test_exported_models_give_our_logits_and_come_back(tokens, tmp_path, monkeyp
         monkeypatch.setattr(export, name, value)
     with contextlib.suppress(common.BadInput):                              # 300 tokens, another tokenizer
         export.main()
-    same_weights(export.load_folder(tmp_path / "hf")["model"], common.load(tmp_path / "run/best.pt")["model"])
+    back = export.load_folder(tmp_path / "hf")
+    same_weights(back["model"], common.load(tmp_path / "run/best.pt")["model"])
+    with torch.no_grad():
+        assert torch.equal(common.build(back).eval().hidden(ids)[0], ours.hidden(ids)[0])    # YaRN, too
 
 
 def test_an_exported_folder_is_read_back_and_trained_on(base, train_chat, tmp_path, monkeypatch):
@@ -3638,7 +3731,9 @@ def test_an_exported_folder_is_read_back_and_trained_on(base, train_chat, tmp_pa
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     messages = [{"role": "user", "content": "hi </s>\n你好"}]
     text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert text.endswith("<s>assistant\n") and (tmp_path / "hf/generation_config.json").exists()
+    generation = json.loads((tmp_path / "hf/generation_config.json").read_text())
+    assert text.endswith("<s>assistant\n")
+    assert (generation["eos_token_id"], generation["temperature"]) == (2, 0.8)
 
 
 @pytest.mark.parametrize(
@@ -3669,13 +3764,44 @@ def test_folders_that_are_no_such_model_are_refused(base, tmp_path, monkeypatch)
         ({"hidden_act": "gelu"}, "hidden_act gelu"),
         ({"num_hidden_layers": 3}, "does not fit its config.json: missing"),
         ({"intermediate_size": 7}, "config.json asks for"),
+        ({"use_sliding_window": True}, "has use_sliding_window"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 8}}, "has a YaRN of its own"),
     ):
         (tmp_path / "hf/config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(common.BadInput) as error:
             export.load_folder(tmp_path / "hf")
         assert message in str(error.value)
+    for text, message in (("{}", "holds a None"), ("{", "cannot be read as JSON"), ("[]", "no JSON object"),
+                          ('{"model_type": "qwen3"}', "config.json lacks 'num_attention_heads'")):
+        (tmp_path / "hf/config.json").write_text(text)
+        with pytest.raises(common.BadInput, match=message):
+            export.load_folder(tmp_path / "hf")
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(export, "IMPORT", str(tmp_path / "hf"))
+    with pytest.raises(common.BadInput, match="is the folder to read; choose another OUT"):
+        export.main()
+    (tmp_path / "hf/model.safetensors").write_bytes(b"\x99" * 100)
+    with pytest.raises(common.BadInput, match="cannot be read as safetensors"):
+        export.load_folder(tmp_path / "hf")
     with pytest.raises(common.BadInput, match="has no config.json"):
         export.load_folder(tmp_path)
+
+
+def test_an_export_writes_over_no_run_and_names_a_missing_tokenizer(tokens, tmp_path, monkeypatch, capsys):
+    saved_lm(tmp_path / "run", tokens)
+    monkeypatch.setattr(export, "CHECKPOINT", str(tmp_path / "run"))
+    monkeypatch.setattr(export, "OUT", str(tmp_path / "run"))
+    with pytest.raises(common.BadInput, match="holds a run, whose config.json and weights"):
+        export.main()
+    assert not (tmp_path / "run/config.json").exists()
+    (tmp_path / "run/tokenizer.json").unlink()
+    monkeypatch.setattr(export, "OUT", str(tmp_path / "hf"))
+    export.main()
+    assert f"no tokenizer: {tmp_path}/run has none" in capsys.readouterr().out
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(export, "OUT", str(tmp_path / "file"))
+    with pytest.raises(common.BadInput, match="cannot write to OUT="):
+        export.main()
 
 
 # Low-rank adapters.
@@ -3757,6 +3883,21 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
         common.load_adapter(tiny_lm(n_layers=1), tmp_path)
     with pytest.raises(common.BadInput, match="must be some of q, k, v"):
         common.add_lora(tiny_lm(), ("x",), 2, 2.0)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    for change in ({"alpha_pattern": {"q_proj": 64}}, {"rank_pattern": {"q_proj": 2}}, {"use_dora": True},
+                   {"init_lora_weights": "pissa"}, {"bias": "all"}, {"peft_type": "IA3"}):  # other numbers
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(common.BadInput, match="is not of a plain LoRA adapter") as error:
+            common.load_adapter(tiny_lm(), tmp_path)
+        assert str(change) in str(error.value)
+    for text, message in (("{", "cannot be read as JSON"), ('{"peft_type": "LORA"}', "lacks r, lora_alpha")):
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(common.BadInput, match=message):
+            common.load_adapter(tiny_lm(), tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"\x99" * 100)
+    with pytest.raises(common.BadInput, match="cannot be read as safetensors"):
+        common.load_adapter(tiny_lm(), tmp_path)
 
 
 @pytest.fixture
@@ -3772,7 +3913,8 @@ def test_an_adapter_learns_and_is_served(train_adapter, base, tmp_path, monkeypa
     found = train_adapter(STEPS=100, LR=2e-2, RANK=16, ALPHA=32.0)
     assert found["nats_per_answer_token"] < 0.95 * found["before_nats_per_answer_token"]
     assert found["general_nats_per_answer_token"] < found["general_before_nats_per_answer_token"]
-    assert found["trained_parameters"] < found["parameters"]
+    whole = sum(w.numel() for w in weights(base, "best.pt").values())
+    assert found["trained_parameters"] < found["parameters"] == whole
     questions = tmp_path / "q.jsonl"
     questions.write_text('{"messages": [{"role": "user", "content": "5: say hat blue"}]}\n')
     answers = []
@@ -3798,11 +3940,27 @@ def test_interrupted_and_two_rank_adapters_equal_the_uninterrupted(train_adapter
         interrupted(train_adapter, 6, **options)
     train_adapter(**options)
     same_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    frozen = [w for name, w in weights(tmp_path / "run").items() if name.endswith(".base.weight")]
+    assert frozen and all(torch.equal(w, w.bfloat16().float()) for w in frozen)
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
     train_adapter(OUT=str(tmp_path / "plain"))
     constants = common.load(tmp_path / "plain/checkpoint.pt")["constants"] | {"OUT": str(tmp_path / "two")}
     finish(launch("train_lora.py", *(f"{k}={v}" for k, v in constants.items()), ranks=2))
     same_weights(weights(tmp_path / "two"), weights(tmp_path / "plain"), 1e-4)
+
+
+def test_an_adapter_is_trained_by_machines_that_do_not_see_each_others_folders(chats, base, tmp_path):
+    constants = {k: v for k, v in TINY.items() if hasattr(train_lora, k)} | dict(
+        DATA=chats, GENERAL=chats, INIT=base, VALID_SHARE=0.1, SEQ_LEN=0, EXACT_ROWS=4, STEPS=1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    there = dict(WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    words = [f"{k}={v}" for k, v in constants.items()]
+    processes = [launch("train_lora.py", *words, f"OUT={tmp_path / str(n)}",
+                        env=os.environ | there | {"RANK": str(n)}) for n in (0, 1)]
+    assert ["done: " in finish(process) for process in processes] == [True, False]
+    assert (tmp_path / "0/best.pt").exists() and not (tmp_path / "1").exists()
 
 
 def test_adapters_are_scored_on_unseen_conversations(train_adapter, chats, tmp_path):
@@ -3811,6 +3969,28 @@ def test_adapters_are_scored_on_unseen_conversations(train_adapter, chats, tmp_p
     assert scored["answer_tokens"] > 100 and json.loads((tmp_path / "run/eval.json").read_text()) == scored
     with pytest.raises(common.BadInput, match="has no adapter_config.json; train one first"):
         train_adapter(EVAL=str(chats), OUT=str(tmp_path / "none"))
+    config = tmp_path / "run/adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": None}))
+    with pytest.raises(common.BadInput, match="does not name its base"):
+        train_adapter(EVAL=str(chats))
+
+
+def test_a_checkpoint_with_an_adapter_beside_its_base_is_no_model(train_adapter, tmp_path, monkeypatch):
+    train_adapter(STEPS=1, MERGE=False)
+    monkeypatch.setattr(export, "CHECKPOINT", str(tmp_path / "run"))
+    monkeypatch.setattr(export, "OUT", str(tmp_path / "hf"))
+    for use in (export.main, lambda: train_adapter(INIT=str(tmp_path / "run"), OUT=str(tmp_path / "next"))):
+        with pytest.raises(common.BadInput, match="an adapter beside its base; name the base"):
+            use()
+    assert not (tmp_path / "hf").exists()
+
+
+def test_an_adapter_is_not_put_on_what_holds_it_merged(train_adapter, tmp_path, monkeypatch):
+    train_adapter(STEPS=1)
+    monkeypatch.setattr(serve, "CHECKPOINT", str(tmp_path / "run"))
+    monkeypatch.setattr(serve, "ADAPTER", str(tmp_path / "run"))
+    with pytest.raises(common.BadInput, match="merged already; leave ADAPTER out"):
+        serve.load()
 
 
 # Distillation.
@@ -3830,6 +4010,18 @@ def test_distilled_loss_and_gradients_equal_the_plain_formula(alpha, temperature
     close(fast, slow, 1e-9)
     for a, b in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (fast, slow)), strict=True):
         close(a, b, 1e-8)
+
+
+def test_experts_of_a_student_are_balanced(monkeypatch):
+    model = train_distill.Student(tiny_lm(n_experts=4).float())
+    ids = torch.randint(0, 300, (2, 20))
+    batch = ids, torch.zeros_like(ids), ids, (torch.randn(2, 20, 8), torch.randn(300, 8))
+    balance = model.model.hidden(*batch[:2])[1]
+    losses = []
+    for weight in (0.0, 0.5):
+        monkeypatch.setattr(train_distill, "AUX_LOSS_ALPHA", weight)
+        losses.append(model(*batch)[0])
+    close(losses[1] - losses[0], 0.5 * balance, 1e-3)
 
 
 @pytest.fixture(scope="session")
@@ -3893,6 +4085,17 @@ def test_a_student_learns_more_with_its_teacher(distil, doubtful, tmp_path):
     assert json.loads((tmp_path / "run/eval.json").read_text()) == scored
     again = distil(INIT=str(tmp_path / "alone"), STEPS=2, OUT=str(tmp_path / "more"), TEACHER_DTYPE="float32")
     assert again["nats_per_answer_token"] < alone["nats_per_answer_token"] + 0.5
+
+
+def test_the_teacher_is_held_in_the_dtype_that_was_asked_for(distil, monkeypatch):
+    real, held = train_distill.Student.forward, set()
+
+    def watched(student, ids, docs, targets, teacher):
+        held.update(part.dtype for part in teacher)
+        return real(student, ids, docs, targets, teacher)
+    monkeypatch.setattr(train_distill.Student, "forward", watched)
+    distil(STEPS=1, TEACHER_DTYPE="bfloat16")
+    assert held == {torch.bfloat16}
 
 
 def test_a_mixture_of_experts_teaches_a_dense_student(distil, train, tmp_path):
@@ -4317,6 +4520,28 @@ def test_bytes_and_muons_that_changed_under_an_unfinished_run_are_refused(train_
     torch.save({"x_data": x, "y_data": y.flatten(1)}, tmp_path / "m.pt")     # the same hits, another answer
     with pytest.raises(common.BadInput, match=r"the data .*m\.pt changed since this run began"):
         train_muons(**constants)
+
+
+def test_a_base_that_changed_under_an_unfinished_run_is_refused(train_chat, distil, base, tmp_path):
+    for run in (train_chat, distil):
+        shutil.copytree(base, tmp_path / "base")
+        options = dict(INIT=str(tmp_path / "base"), OUT=str(tmp_path / run.__qualname__.split(".")[0]))
+        with pytest.raises(SystemExit):
+            interrupted(run, 5, **options)
+        found = common.load(tmp_path / "base/best.pt")
+        torch.save({**found, "step": found["step"] + 1}, tmp_path / "base/best.pt")
+        with pytest.raises(common.BadInput, match="base.* changed since this run began"):
+            run(**options)
+        shutil.rmtree(tmp_path / "base")
+
+
+def test_students_that_do_not_fit_are_one_sentence(distil, teacher, tmp_path):
+    (tmp_path / "bare").mkdir()
+    shutil.copy(teacher / "best.pt", tmp_path / "bare")
+    for constants, message in ((dict(INIT=str(tmp_path / "bare")), "there is no tokenizer"),
+                               (dict(DIM=50, N_HEADS=2), "DIM 50 must be a positive multiple of 4")):
+        with pytest.raises(common.BadInput, match=message):
+            distil(**constants)
 
 
 def test_a_base_that_changed_under_an_unfinished_adapter_is_refused(train_adapter, base, tmp_path):

@@ -139,6 +139,7 @@ def make_student(teacher, seq_len):
         n_heads=N_HEADS or half["n_heads"],
         n_kv_heads=N_KV_HEADS or half["n_kv_heads"],
     )
+    common.divisible(N_HEADS=(sizes["n_heads"], 1), DIM=(sizes["dim"], 2 * sizes["n_heads"]))
     return common.LM(teacher["vocab_size"], **sizes, seq_len=seq_len, theta=teacher["theta"], dropout=DROPOUT,
                      tied=teacher["tied"], qk_norm=teacher["qk_norm"])
 
@@ -169,12 +170,15 @@ def main():
     if found["kind"] != "LM" or TEACHER_DTYPE not in ("float32", "bfloat16"):
         raise common.BadInput(f"TEACHER {TEACHER} holds a {found['kind']} (LM is needed), TEACHER_DTYPE is "
                               f"{TEACHER_DTYPE!r} (float32 or bfloat16)")
+    if found["sizes"]["vocab_size"] != tokenizer.get_vocab_size():
+        raise common.BadInput(f"TEACHER {TEACHER} has {found['sizes']['vocab_size']} tokens, its tokenizer "
+                              f"{tokenizer.get_vocab_size()}")
     seq_len = SEQ_LEN or found["sizes"]["seq_len"]
     teacher = common.build(found, seq_len=seq_len).to(getattr(torch, TEACHER_DTYPE))
     teacher = teacher.to(run.device).eval().requires_grad_(False)
     init = common.load(common.newest_checkpoint(INIT)) if INIT else None
-    if init and prepare_text.hash_file(common.newest_checkpoint(INIT).parent / "tokenizer.json") != \
-            prepare_text.hash_file(home / "tokenizer.json"):
+    own = init and common.load_tokenizer(common.newest_checkpoint(INIT).parent / "tokenizer.json")
+    if own and own.to_str() != tokenizer.to_str():
         raise common.BadInput(
             f"INIT {INIT} and TEACHER {TEACHER} have different tokenizers; a student learns "
             "from a teacher of the same"
@@ -198,7 +202,8 @@ def main():
     optimizers = common.make_optimizers(model, OPTIMIZER, LR, MUON_LR, WEIGHT_DECAY)
     constants = common.literals(globals())
     fingerprint = f"{train.meta['fingerprint']} {valid.meta['fingerprint']}"
-    fingerprint += " " + prepare_text.hash_file(common.newest_checkpoint(TEACHER))
+    for place in filter(None, (TEACHER, INIT)):
+        fingerprint += " " + prepare_text.hash_file(common.newest_checkpoint(place))
     found = common.resume(run, OUT, constants, RESUME, fingerprint)
     state = found["state"] if found else {"fingerprint": fingerprint, "best": math.inf, "since": 0, "bad": 0}
     first = common.restore(run, found, model, optimizers) if found else 0

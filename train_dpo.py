@@ -9,7 +9,6 @@ the model that it starts from; that model's log-probabilities are computed once,
 """
 
 import hashlib
-import json
 import math
 from pathlib import Path
 
@@ -73,18 +72,18 @@ class Pairs:
         for row, where in prepare_chats.rows(path, self.bad, ("chosen", "rejected")):
             try:
                 chosen, rejected = row["chosen"], row["rejected"]
+                if any(not t or t[-1].get("role") != "assistant" for t in (chosen, rejected)):
+                    self.bad.add(where, "the last turn is not the assistant's")
+                    continue
                 if chosen[:-1] != rejected[:-1]:
                     raise common.BadInput(
                         f"{where}: the prompts of chosen and rejected differ; a pair answers one "
                         "question twice"
                     )
-                if chosen == rejected:
+                both = [last_answer(*common.render_chat(tokenizer, t)) for t in (chosen, rejected)]
+                if chosen[-1]["content"] == rejected[-1]["content"]:
                     self.bad.add(where, "chosen and rejected are the same")
                     continue
-                if not chosen or any(t[-1].get("role") != "assistant" for t in (chosen, rejected)):
-                    self.bad.add(where, "the last turn is not the assistant's")
-                    continue
-                both = [last_answer(*common.render_chat(tokenizer, t)) for t in (chosen, rejected)]
             except (AttributeError, TypeError, KeyError) as error:
                 self.bad.add(where, f"a turn that is no role and content ({type(error).__name__})")
                 continue
@@ -96,7 +95,8 @@ class Pairs:
             if max(len(ids) for ids, _ in both) > room:
                 self.bad.add(where, f"longer than SEQ_LEN {room - 1}")
                 continue
-            digest.update(repr(both).encode())
+            for ids, mask in both:
+                digest.update(ids.tobytes() + mask.tobytes())
             self.pairs.append(both)
             self.held.append(prepare_chats.first_words(chosen))
         self.bad.report()
@@ -174,7 +174,11 @@ def references(run, model, pairs, seq_len, key):
         common.write_whole(path, lambda file: np.save(file, found))
         model.train()
     run.wait(patiently=True)
-    return torch.from_numpy(np.load(path)).to(torch.float32).to(run.device)
+    try:
+        found = np.load(path) if run.first else None
+    except (OSError, ValueError, EOFError) as error:
+        raise common.BadInput(f"{path} is damaged ({str(error)[:80]}); remove it, it is made again") from None
+    return torch.from_numpy(run.share(found)).to(torch.float32).to(run.device)
 
 
 @torch.no_grad()
@@ -214,6 +218,7 @@ def sft_nats(run, model, chats):
 def score():
     """EVAL: how often the best checkpoint in OUT finds the chosen answer likelier than the rejected one."""
     run = common.start(SEED, DTYPE)
+    common.divisible(MICRO_BATCH=(MICRO_BATCH, 1))
     model = common.build(common.load(common.newest_checkpoint(OUT))).to(run.device)
     pairs = Pairs(EVAL, common.load_tokenizer(Path(OUT) / "tokenizer.json"), model.sizes["seq_len"] + 1)
     found = evaluate(run, model, pairs, np.arange(len(pairs.pairs)), None, model.sizes["seq_len"])
@@ -249,7 +254,8 @@ def main():
     train, valid = pairs.split(VALID_SHARE)
     if len(train) < BATCH or not len(valid):
         raise common.BadInput(
-            f"{path} gives {len(train)} pairs to train on and {len(valid)} to validate: too few"
+            f"{path} gives {len(train)} pairs to train on and {len(valid)} to validate: too few for BATCH "
+            f"{BATCH} and VALID_SHARE {VALID_SHARE}; lower the first, or change the second"
         )
     chats = None
     if SFT:
@@ -359,7 +365,6 @@ def main():
     common.export_weights(run, OUT, best)
     record.close()
     if run.first:
-        (Path(OUT) / "reference.json").write_text(json.dumps({"init": str(home), "key": key}))
         common.plot_curves(OUT, ["loss", "valid_loss"], ["margin", "valid_margin"], ["valid_accuracy"])
     state["finished"] = True  # the last thing: until now, a rerun goes on
     common.save(run, OUT, step, model, optimizers, state, constants)

@@ -10,7 +10,6 @@ forgotten is measured on a general set before and after.
     python serve.py CHECKPOINT=out/chat ADAPTER=out/mine PROMPTS=prompts.jsonl
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -72,7 +71,9 @@ def score():
         raise common.BadInput(
             f"{OUT} has no adapter_config.json; train one first: python train_lora.py OUT={OUT}"
         )
-    base = json.loads((Path(OUT) / "adapter_config.json").read_text())["base_model_name_or_path"]
+    base = common.adapter_config(OUT).get("base_model_name_or_path")
+    if not base:
+        raise common.BadInput(f"{OUT}/adapter_config.json does not name its base (base_model_name_or_path)")
     model = common.load_adapter(common.build(common.load(common.newest_checkpoint(base))), OUT).to(run.device)
     return prepare_chats.score(run, model, EVAL, OUT, EXACT_ROWS, EXACT_TOKENS, MICRO_BATCH)
 
@@ -203,7 +204,13 @@ def main():
             record.close()
             common.leave(run, OUT, step, done.signal)
 
-    judged = common.load_adapter(common.build(init, seq_len=seq_len), OUT).to(run.device)
+    judged = common.build(init, seq_len=seq_len)
+    if run.first:
+        common.load_adapter(judged, OUT)
+    else:  # another machine may not see OUT
+        common.add_lora(judged, TARGETS, RANK, ALPHA, DROPOUT, RSLORA)
+    judged.load_state_dict(run.share(judged.state_dict() if run.first else None))
+    judged = judged.to(run.device)
     before = common.build(init, seq_len=seq_len).to(run.device)
     metrics = common.answer_nats(run, judged, valid, MICRO_BATCH)
     for name, chats in (("", valid), ("general_", general)):

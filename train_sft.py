@@ -15,7 +15,7 @@ import math
 from pathlib import Path
 
 import common
-from data import prepare_chats, prepare_python_docs
+from data import prepare_chats, prepare_python_docs, prepare_text
 
 # Data
 DATA = ""             # .jsonl(.gz) of {"conversations": [{"role", "content"}]}; "" = Python's documentation
@@ -113,6 +113,7 @@ def main():
     optimizers = common.make_optimizers(model, OPTIMIZER, LR, MUON_LR, WEIGHT_DECAY)
     constants = common.literals(globals())
     fingerprint = f"{train.meta['fingerprint']} {valid.meta['fingerprint']}"
+    fingerprint += " " + prepare_text.hash_file(common.newest_checkpoint(INIT))
     found = common.resume(run, OUT, constants, RESUME, fingerprint)
     state = found["state"] if found else {"fingerprint": fingerprint, "best": math.inf, "since": 0, "bad": 0}
     first = common.restore(run, found, model, optimizers) if found else 0

@@ -12,6 +12,7 @@ without a supervised token is left out and named. Streams: memory does not grow 
 import gzip
 import hashlib
 import json
+import math
 import shutil
 import sys
 import zlib
@@ -105,12 +106,9 @@ def prepare(path, tokenizer, seq_len=512, share=0.02):
     folder = root / prepare_text.CACHE / f"chats-{path.name.split('.')[0]}-{key}"
     if (folder / "meta.json").exists():
         return folder
-    tmp = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    write(path, tmp, reader, seq_len, share)
-    shutil.copy(tokenizer, tmp / "tokenizer.json")
-    tmp.rename(folder)
+    with prepare_text.made_whole(folder) as tmp:
+        write(path, tmp, reader, seq_len, share)
+        shutil.copy(tokenizer, tmp / "tokenizer.json")
     return folder
 
 
@@ -148,10 +146,15 @@ def write(path, folder, tokenizer, seq_len, share):
         file.close()
     (folder / "bad_rows.txt").write_text("\n".join(bad.named) + "\n" if bad.named else "")
     bad.report()
+    if cut:
+        print(f"{cut} conversations lost their oldest turns to fit into SEQ_LEN {seq_len}", flush=True)
     count = sum(map(len, lengths.values()))
-    if not count or 0 < share < 1 and not all(lengths.values()):
-        raise common.BadInput(f"{path} has {count} usable conversations: too few; first problem: "
-                              f"{(bad.named or ['none'])[0]}")
+    if not count:
+        raise common.BadInput(f"{path} has no usable conversation; first problem: "
+                              f"{(bad.named or ['no row in it'])[0]}")
+    if 0 < share < 1 and not all(lengths.values()):
+        raise common.BadInput(f"{path} has {count} usable conversations: too few to hold out a share of "
+                              f"{share} by a hash; choose another VALID_SHARE, or name a VALID file")
     for name in names:
         np.save(folder / f"{name}.idx.npy", np.append(0, np.cumsum(lengths[name], dtype=np.int64)))
     meta = {"fingerprint": digest.hexdigest(), "bad_rows": bad.count, "shortened": cut,
@@ -170,6 +173,9 @@ def folder_of(run, path, tokenizer, seq_len, share):
 
 def training_sets(run, path, valid, share, tokenizer, seq_len, seed):
     """(Chats to train on, Chats held out): of two files, or of one where `valid` is empty."""
+    if not valid and share in (0, 1):
+        raise common.BadInput(f"VALID_SHARE {share} leaves nothing to {'train' if share else 'validate'} on; "
+                              "choose one between 0 and 1, or name a VALID file")
     folder = folder_of(run, path, tokenizer, seq_len, 0.0 if valid else share)
     held = folder_of(run, valid, tokenizer, seq_len, 1.0) if valid else folder
     return Chats(folder, "train", seq_len, seed), Chats(held, "valid", seq_len)
@@ -177,6 +183,8 @@ def training_sets(run, path, valid, share, tokenizer, seq_len, seed):
 
 def score(run, model, path, out, exact_rows, exact_tokens, micro_batch):
     """Nats per answer token and exact matches on the conversations of a file, into OUT/eval.json."""
+    common.divisible(MICRO_BATCH=(micro_batch, 1))
+    common.within(0, math.inf, EXACT_ROWS=exact_rows, EXACT_TOKENS=exact_tokens)
     tokenizer, seq_len = Path(out) / "tokenizer.json", model.sizes["seq_len"]
     chats = Chats(folder_of(run, path, tokenizer, seq_len, 1.0), "valid", seq_len)
     found = common.answer_nats(run, model, chats, micro_batch)

@@ -10,6 +10,7 @@ grow with the file.
     python data/prepare_text.py DATA=my.jsonl.gz TOKENIZER=data/tokenizer.json
 """
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -217,7 +218,6 @@ def prepare(path, tokenizer="", vocab_size=6_400, share=0.01, out="", txt_chars=
             f"{folder} holds token files of something else; choose another OUT or remove it"
         )
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         return tokenize(path, folder, key, tokenizer, vocab_size, share, txt_chars)
     except OSError as error:
         raise common.BadInput(
@@ -225,16 +225,32 @@ def prepare(path, tokenizer="", vocab_size=6_400, share=0.01, out="", txt_chars=
         ) from error
 
 
-def tokenize(path, folder, key, tokenizer, vocab_size, share, txt_chars):
-    """Write a whole folder of token files under another name, then rename it into place."""
+@contextlib.contextmanager
+def made_whole(folder):
+    """A folder of another name to fill, renamed to `folder` when it is full; one that another process has put
+    there meanwhile stays."""
     host = socket.gethostname()
+    folder.parent.mkdir(parents=True, exist_ok=True)
     for old in folder.parent.glob(f"*.tmp-{host}-*"):  # what a killed process left
         if not Path(f"/proc/{old.name.rsplit('-', 1)[1]}").exists():
             shutil.rmtree(old, ignore_errors=True)
     tmp = folder.with_name(f"{folder.name}.tmp-{host}-{os.getpid()}")
     tmp.mkdir()
     try:
-        begin = time.monotonic()
+        yield tmp
+        try:
+            tmp.rename(folder)
+        except OSError:
+            if not (folder / "meta.json").exists():
+                raise
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def tokenize(path, folder, key, tokenizer, vocab_size, share, txt_chars):
+    """Write a whole folder of token files."""
+    begin = time.monotonic()
+    with made_whole(folder) as tmp:
         if tokenizer:
             shutil.copy(tokenizer, tmp / "tokenizer.json")
             beside = Path(tokenizer).with_name("tokenizer_config.json")
@@ -252,10 +268,6 @@ def tokenize(path, folder, key, tokenizer, vocab_size, share, txt_chars):
         meta = write_tokens(path, tmp, common.load_tokenizer(tmp / "tokenizer.json"), share, txt_chars)
         meta = {"key": key, **meta, "source": str(path), "format": FORMAT}
         (tmp / "meta.json").write_text(json.dumps(meta, indent=1))
-        if not (folder / "meta.json").exists():  # else another machine on this file system was faster
-            tmp.rename(folder)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
     parts = "; ".join(f"{name} {meta[name]['documents']:,} documents, {meta[name]['tokens']:,} tokens, "
                       f"{meta[name]['bytes']:,} bytes" for name in ("train", "valid"))
     print(f"{folder}: {parts}; {time.monotonic() - begin:.0f} s", flush=True)

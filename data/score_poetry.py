@@ -7,12 +7,11 @@
 Held out are the conversations that train_sft.py holds out, by the same hash. A question's task is told by its
 words: a poem of four or eight lines of five or seven characters ("form"; "keyword" and "acrostic" where it
 must hold a character or begin its lines with given ones), the next or previous line or couplet, the author.
-Baselines, from the references alone: for keyword and acrostic another question's poem of the same form, for
-authors the commonest one.
+Baselines, from the references alone: for keyword and acrostic the poems of the same form that answer "form"
+questions (those of another keyword question would often hold the same character), for authors the commonest.
 """
 
 import collections
-import gzip
 import json
 import re
 import sys
@@ -89,8 +88,8 @@ def score(rows):
         if task in ("form", "keyword", "acrostic"):
             found[task] = {"n": len(mine), "form": share(has_form(r["question"], r["answer"]) for r in mine)}
             if task != "form":
-                both = [(q, p) for q in mine for p in mine
-                        if q is not p and shape_of(q["question"]) == shape_of(p["question"])]
+                both = [(q, p) for q in mine for p in rows
+                        if p["task"] == "form" and shape_of(q["question"]) == shape_of(p["question"])]
                 found[task] |= {
                     "wish": share(has_wish(r["question"], r["answer"]) for r in mine),
                     "another poem": sum(has_wish(q["question"], p["reference"]) for q, p in both)
@@ -113,8 +112,12 @@ def main():
             raise common.BadInput(
                 f"there is no file {ANSWERS}; python serve.py PROMPTS={OUT} ANSWERS={ANSWERS} makes it"
             )
-        rows = [json.loads(line) for line in Path(ANSWERS).read_text(encoding="utf-8").splitlines()]
-        found = score(rows)
+        try:
+            rows = [json.loads(line) for line in Path(ANSWERS).read_text(encoding="utf-8").splitlines()]
+            found = score(rows)
+        except (ValueError, KeyError, TypeError) as error:
+            raise common.BadInput(f"{ANSWERS} is not what serve.py answers to {OUT}: rows of question, task, "
+                                  f"reference, answer ({type(error).__name__}: {error})") from None
         for task, values in found.items():
             print(f"{task:14}" + "".join(f"  {k} {v:.3f}" if isinstance(v, float) else f"  {v:5} questions"
                                          for k, v in values.items()))
@@ -122,15 +125,14 @@ def main():
     if not DATA:
         raise common.BadInput("give DATA=chats.jsonl.gz, or ANSWERS=answers.jsonl to score")
     lines = []
-    with (gzip.open if DATA.endswith(".gz") else open)(DATA, "rt", encoding="utf-8") as file:
-        for line in file:
-            turns = json.loads(line)["conversations"]
-            question = turns[0]["content"]
-            held = prepare_text.held_out(prepare_chats.first_words(turns), VALID_SHARE)
-            if held and len(turns) == 2 and task_of(question):
-                lines.append(json.dumps({"prompt": question, "messages": turns[:1], "question": question,
-                                         "task": task_of(question), "reference": turns[1]["content"]},
-                                        ensure_ascii=False))
+    for turns in prepare_chats.conversations_of(DATA):
+        held = prepare_text.held_out(prepare_chats.first_words(turns), VALID_SHARE)
+        if held and len(turns) == 2 and task_of(question := turns[0]["content"]):
+            lines.append(json.dumps({"prompt": question, "messages": turns[:1], "question": question,
+                                     "task": task_of(question), "reference": turns[1]["content"]},
+                                    ensure_ascii=False))
+    if not lines:
+        raise common.BadInput(f"{DATA} holds out no question on poems with VALID_SHARE {VALID_SHARE}")
     common.write_whole(Path(OUT), lambda file: file.write("".join(x + "\n" for x in lines).encode()))
     print(f"{OUT}: {len(lines)} questions")
     return lines
