@@ -3541,6 +3541,7 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], max_tokens: int
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL = ["<pad>", "<s>", "</s>"]
+CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # the same three in SmolLM2, MiniMind and others
 
 
 def copy_tokenizer(source: str | Path, out: str | Path) -> None:
@@ -3552,7 +3553,8 @@ def copy_tokenizer(source: str | Path, out: str | Path) -> None:
 
 
 def load_tokenizer(path: str | Path):
-    """A `tokenizers.Tokenizer` whose ids 0, 1, 2 are <pad>, <s>, </s>; these strings in a text stay text."""
+    """A `tokenizers.Tokenizer` whose ids 0, 1, 2 are <pad>, <s>, </s> or CHATML; these strings in a text stay
+    text."""
     from tokenizers import Tokenizer
     if not Path(path).is_file():
         raise BadInput(f"there is no tokenizer {path} (models of bytes have none); make one: "
@@ -3561,13 +3563,26 @@ def load_tokenizer(path: str | Path):
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise BadInput(f"{path} is not a tokenizer.json ({str(error)[:80]})") from None
-    if [tokenizer.token_to_id(t) for t in SPECIAL] != [PAD, BOS, EOS]:
-        raise BadInput(f"{path} must hold <pad>, <s>, </s> as ids 0, 1, 2; make it with prepare_tokenizer.py")
+    if special_names(tokenizer) not in (SPECIAL, CHATML):
+        raise BadInput(f"{path} must hold <pad>, <s>, </s> (or {', '.join(CHATML)}) as ids 0, 1, 2; "
+                       "make it with prepare_tokenizer.py")
     if tokenizer.get_vocab_size() > 65_535:
         raise BadInput(f"{path} has {tokenizer.get_vocab_size()} tokens; token files are uint16: at most "
                        "65,535")
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def same_vocabulary(name: str, found: dict, tokenizer):
+    """Refuse the checkpoint `found`, called `name`, with a tokenizer of another size."""
+    there, n = found["sizes"].get("vocab_size"), tokenizer.get_vocab_size()
+    if there != n:
+        raise BadInput(f"{name} has {there} tokens, its tokenizer {n}")
+
+
+def special_names(tokenizer) -> list[str]:
+    """What the tokenizer calls PAD, BOS and EOS."""
+    return [tokenizer.id_to_token(i) for i in (PAD, BOS, EOS)]
 
 
 def encode(tokenizer, text: str) -> list[int]:
@@ -3598,23 +3613,34 @@ def render_chat(tokenizer, messages: Sequence[dict], reply: bool = False) -> tup
     return ids, mask
 
 
-CHAT_TEMPLATE = (  # render_chat in Jinja; a newline is always a token of its own, so the two split text alike
+# render_chat in Jinja. A newline is always a token of its own in our tokenizers, so the two split text alike;
+# others may join one with spaces that a content begins with.
+CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<s>' + m['role'] + '\\n' }}"
     "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '</s>' }}{% endgeneration %}"
     "{% else %}{{ m['content'] + '</s>' }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}")
 
 
+def chat_template(tokenizer) -> str:
+    """CHAT_TEMPLATE with the tokenizer's own names."""
+    _, begin, end = special_names(tokenizer)
+    return CHAT_TEMPLATE.replace("</s>", end).replace("<s>", begin)
+
+
 def token_bytes(tokenizer) -> list[bytes]:
-    """The bytes of every token of a byte-level tokenizer; special tokens have none."""
+    """The bytes of every token of a byte-level tokenizer; PAD, BOS and EOS have none."""
     # The byte-level alphabet of GPT-2: printable bytes are themselves, the others go to 256 and on.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-    table = [b""] * tokenizer.get_vocab_size()
+    table, added = [b""] * tokenizer.get_vocab_size(), tokenizer.get_added_tokens_decoder()
     for token, i in tokenizer.get_vocab().items():
-        if token not in SPECIAL:
-            table[i] = bytes(byte_of[c] for c in token)
+        if i in (PAD, BOS, EOS):
+            continue
+        if i not in added and not all(c in byte_of for c in token):
+            raise BadInput(f"the tokenizer is not byte-level: its token {i} is {token!r}")
+        table[i] = token.encode() if i in added else bytes(byte_of[c] for c in token)
     return table
 
 

@@ -115,9 +115,12 @@ def export():
     common.copy_tokenizer(path.parent, out)
     if (out / "tokenizer_config.json").exists():
         about = json.loads((out / "tokenizer_config.json").read_text())
+        tokenizer = common.load_tokenizer(out / "tokenizer.json")
+        pad, bos, eos = common.special_names(tokenizer)
         about |= {
             "model_max_length": config["max_position_embeddings"],
-            "chat_template": common.CHAT_TEMPLATE,
+            "chat_template": common.chat_template(tokenizer),
+            "pad_token": pad, "bos_token": bos, "eos_token": eos,
         }
         text = json.dumps(about, ensure_ascii=False, indent=1).encode()
         common.write_whole(out / "tokenizer_config.json", lambda file: file.write(text))
@@ -219,9 +222,16 @@ def read_back():
     if not (Path(IMPORT) / "tokenizer.json").is_file():
         raise common.BadInput(f"{IMPORT} has no tokenizer.json")
     tokenizer = common.load_tokenizer(Path(IMPORT) / "tokenizer.json")
-    if tokenizer.get_vocab_size() > found["sizes"]["vocab_size"]:
-        raise common.BadInput(f"{IMPORT}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the model "
-                              f"{found['sizes']['vocab_size']}")
+    common.token_bytes(tokenizer)                        # refuses what is not byte-level
+    n, padded = tokenizer.get_vocab_size(), found["sizes"]["vocab_size"]
+    if n > padded:
+        raise common.BadInput(f"{IMPORT}: the tokenizer has {n} tokens, the model {padded}")
+    if n < padded:
+        print(f"{IMPORT}: the last {padded - n} of {padded} rows of its vocabulary are no tokens: left out")
+        found["sizes"]["vocab_size"] = n
+        for name in ("embedding.weight", "head.weight"):
+            if name in found["model"]:
+                found["model"][name] = found["model"][name][:n].clone()
     common.set_aside(out, "another checkpoint takes its place")
     out.mkdir(parents=True, exist_ok=True)
     common.copy_tokenizer(IMPORT, out)

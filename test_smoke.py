@@ -1183,7 +1183,7 @@ def test_vocabularies_out_of_range_are_refused(text, tmp_path, size):
 def test_foreign_tokenizers_are_refused(tmp_path):
     from tokenizers import Tokenizer, models
     Tokenizer(models.BPE()).save(str(tmp_path / "t.json"))
-    with pytest.raises(common.BadInput, match="must hold <pad>, <s>, </s> as ids 0, 1, 2"):
+    with pytest.raises(common.BadInput, match="must hold <pad>, <s>, </s> .or .* as ids 0, 1, 2"):
         common.load_tokenizer(tmp_path / "t.json")
     big = {s: i for i, s in enumerate([*common.SPECIAL, *(f"t{i}" for i in range(65_600))])}
     Tokenizer(models.WordLevel(big, unk_token="<pad>")).save(str(tmp_path / "big.json"))
@@ -3734,6 +3734,48 @@ def test_an_exported_folder_is_read_back_and_trained_on(base, train_chat, tmp_pa
     generation = json.loads((tmp_path / "hf/generation_config.json").read_text())
     assert text.endswith("<s>assistant\n")
     assert (generation["eos_token_id"], generation["temperature"]) == (2, 0.8)
+
+
+def test_a_folder_with_chatml_names_and_a_padded_vocabulary_is_trained_on(
+    base, train_chat, tmp_path, monkeypatch
+):
+    """As SmolLM2 and MiniMind are: other names for the three special tokens, more added tokens, rows that
+    are no tokens."""
+    transformers = pytest.importorskip("transformers")
+    for name, value in dict(CHECKPOINT=str(base), OUT=str(tmp_path / "hf")).items():
+        monkeypatch.setattr(export, name, value)
+    export.main()
+    told = json.loads((tmp_path / "hf/tokenizer.json").read_text())
+    n = len(told["model"]["vocab"])
+    for old, new in zip(common.SPECIAL, common.CHATML, strict=True):
+        told["model"]["vocab"][new] = told["model"]["vocab"].pop(old)
+    for token, new in zip(told["added_tokens"], common.CHATML, strict=True):
+        token["content"] = new
+    told["added_tokens"].append({**told["added_tokens"][0], "id": n, "content": "<tool 工具>"})
+    (tmp_path / "hf/tokenizer.json").write_text(json.dumps(told))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    model.resize_token_embeddings(n + 9, mean_resizing=False)
+    model.save_pretrained(tmp_path / "hf")
+    for name, value in dict(IMPORT=str(tmp_path / "hf"), OUT=str(tmp_path / "back")).items():
+        monkeypatch.setattr(export, name, value)
+    export.main()
+    ours = common.build(common.load(tmp_path / "back/best.pt")).eval()
+    ids = torch.randint(3, n, (2, 9))
+    with torch.no_grad():
+        close(ours.hidden(ids)[0] @ ours.head_weight.T, model(ids).logits[..., :n + 1], 1e-4)
+    table = common.token_bytes(common.load_tokenizer(tmp_path / "back/tokenizer.json"))
+    assert table[:3] == [b""] * 3 and table[n] == "<tool 工具>".encode() and len(table) == n + 1
+    assert train_chat(INIT=str(tmp_path / "back"), OUT=str(tmp_path / "chat"), STEPS=2)["answer_tokens"] > 0
+    changes = dict(IMPORT="", CHECKPOINT=str(tmp_path / "chat"), OUT=str(tmp_path / "again"))
+    for name, value in changes.items():
+        monkeypatch.setattr(export, name, value)
+    export.main()
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "what is it"}]
+    rendered = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    ids, mask = common.render_chat(common.load_tokenizer(tmp_path / "again/tokenizer.json"), messages)
+    assert (rendered["input_ids"], rendered["assistant_masks"]) == (ids, [int(m) for m in mask])
+    assert theirs.eos_token == "<|im_end|>" and "<|im_start|>user" in theirs.decode(ids)
 
 
 @pytest.mark.parametrize(

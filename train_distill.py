@@ -170,9 +170,7 @@ def main():
     if found["kind"] != "LM" or TEACHER_DTYPE not in ("float32", "bfloat16"):
         raise common.BadInput(f"TEACHER {TEACHER} holds a {found['kind']} (LM is needed), TEACHER_DTYPE is "
                               f"{TEACHER_DTYPE!r} (float32 or bfloat16)")
-    if found["sizes"]["vocab_size"] != tokenizer.get_vocab_size():
-        raise common.BadInput(f"TEACHER {TEACHER} has {found['sizes']['vocab_size']} tokens, its tokenizer "
-                              f"{tokenizer.get_vocab_size()}")
+    common.same_vocabulary(f"TEACHER {TEACHER}", found, tokenizer)
     seq_len = SEQ_LEN or found["sizes"]["seq_len"]
     teacher = common.build(found, seq_len=seq_len).to(getattr(torch, TEACHER_DTYPE))
     teacher = teacher.to(run.device).eval().requires_grad_(False)

@@ -241,9 +241,7 @@ def main():
     common.within(1, math.inf, MAX_BAD_STEPS=MAX_BAD_STEPS)
     init, home = common.load(common.newest_checkpoint(INIT)), common.newest_checkpoint(INIT).parent
     tokenizer = common.load_tokenizer(home / "tokenizer.json")
-    if init["sizes"].get("vocab_size") != tokenizer.get_vocab_size():
-        raise common.BadInput(f"INIT {INIT} has {init['sizes'].get('vocab_size')} tokens, its tokenizer "
-                              f"{tokenizer.get_vocab_size()}")
+    common.same_vocabulary(f"INIT {INIT}", init, tokenizer)
     seq_len, path = SEQ_LEN or init["sizes"]["seq_len"], DATA
     if not path:
         path = prepare_python_docs.default(

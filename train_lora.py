@@ -108,9 +108,7 @@ def main():
     init = common.load(common.newest_checkpoint(INIT))
     home = common.newest_checkpoint(INIT).parent
     tokenizer = common.load_tokenizer(home / "tokenizer.json")
-    if init["sizes"].get("vocab_size") != tokenizer.get_vocab_size():
-        raise common.BadInput(f"INIT {INIT} has {init['sizes'].get('vocab_size')} tokens, its tokenizer "
-                              f"{tokenizer.get_vocab_size()}")
+    common.same_vocabulary(f"INIT {INIT}", init, tokenizer)
     seq_len = SEQ_LEN or init["sizes"]["seq_len"]
 
     path = DATA
