@@ -860,7 +860,7 @@ def test_packed_weights_multiply_like_unpacked_ones(dtype):
     weight = torch.randn(96, 64).to(dtype)
     for rows in (1, 2, 40):
         x = torch.randn(rows, 3, 64).to(dtype)
-        close(common.fixed_linear(weight)(x), F.linear(x, weight), 1e-2 if dtype == torch.bfloat16 else 1e-6)
+        close(common.fixed_linear(weight)(x), F.linear(x, weight), 1e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
