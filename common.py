@@ -1907,12 +1907,15 @@ class Cache:
 
     def __init__(self, model: nn.Module, rows: int, length: int):
         self.layers = [layer.attention.memory(rows, length, model.head_weight) for layer in model.layers]
-        self.lengths = [0] * rows
+        self.lengths, self.parts, self.table = [0] * rows, {}, []
 
     def rows(self, begin: int, end: int) -> "Cache":
         """Rows begin to end of this cache: the same memory, lengths of their own."""
-        part = copy.copy(self)
-        part.layers = [{name: x[begin:end] for name, x in memory.items()} for memory in self.layers]
+        if (begin, end) not in self.parts:
+            part = self.parts[begin, end] = copy.copy(self)
+            part.layers = [{name: x[begin:end] for name, x in memory.items()} for memory in self.layers]
+            part.parts, part.table = {}, []
+        part = copy.copy(self.parts[begin, end])
         part.lengths = self.lengths[begin:end]
         return part
 
@@ -3380,8 +3383,10 @@ class LM(nn.Module):
         B, a, rows, weight = len(ids), self.layers[0].attention, len(cache.lengths), self.head_weight
         kernels, at = step_kernels(weight.dtype, a.n_heads // a.n_kv_heads, a.head_dim), cache.lengths
         y, memory = weight.new_empty(B, weight.shape[1]), cache.layers[0]["k"]
-        layers = torch.tensor([[*own, m["k"].data_ptr(), m["v"].data_ptr()]
-                               for own, m in zip(self.fused, cache.layers, strict=True)])
+        if not cache.table:                                     # where everything is, for STEP_C's Layer
+            cache.table.append(torch.tensor([[*own, m["k"].data_ptr(), m["v"].data_ptr()]
+                                             for own, m in zip(self.fused, cache.layers, strict=True)]))
+        layers, = cache.table
         at = torch.tensor(at if rows == B else range(at[0], at[0] + B))
         kernels.step(layers.data_ptr(), len(layers), self.embedding.weight.data_ptr(), self.norm.weight.data_ptr(),
                      ids.data_ptr(), y.data_ptr(), B, y.shape[1], self.sizes["hidden_dim"], self.rope.data_ptr(),
