@@ -9,12 +9,12 @@ logits, AdamW unfused; its model is the same size and is written out below. Work
 and ours and the fastest of REPEAT is kept: these are shared machines.
 """
 
-import concurrent.futures
 import contextlib
 import copy
 import datetime
 import functools
 import importlib
+import itertools
 import json
 import math
 import os
@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 import types
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,8 @@ from data import (
 
 DATA = ""            # text whose document lengths are used; "" = Python's documentation
 REPEAT = 5           # timings of each; the fastest counts
-MINUTES = 1.0        # of training per model and seed in `learn`
+MINUTES = 1.0        # of training per model and seed in `learn`; of streams in `endure`
+REQUESTS = 10_000    # in `endure`
 SEEDS = 3            # seeds in `learn`
 COMPILE = True       # compile our layers where a C++ compiler is there
 LENGTH = 512         # tokens a row
@@ -543,37 +545,113 @@ def serve_():
 
 @contextlib.contextmanager
 def http_server(place, *words):
-    """(host, port) of `serve.py` as a process of its own."""
-    process = subprocess.Popen([sys.executable, "serve.py", f"CHECKPOINT={place}", "PORT=0", *words], text=True,
-                               stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               cwd=Path(__file__).parent)
+    """((host, port), process id) of `serve.py` as a process of its own."""
+    process = subprocess.Popen([sys.executable, "serve.py", f"CHECKPOINT={place}", "PORT=0", *words],
+                               text=True, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, cwd=Path(__file__).parent)
     try:
         host, port = process.stdout.readline().split("//")[-1].strip().split(":")
-        yield (host, int(port)), process
+        yield (host, int(port)), process.pid
     finally:
         process.terminate()
         process.wait()
 
 
-def over_http(address, count):
-    """Stream `count` answers of 128 tokens at once; a client that costs next to nothing only looks for the end."""
-    waiting = selectors.DefaultSelector()
-    for _ in range(count):
-        body = json.dumps({"model": "big", "prompt": torch.randint(3, 6000, (64,)).tolist(), "max_tokens": 128,
-                           "temperature": 0, "stream": True, "logit_bias": {"2": -100},
-                           "stream_options": {"include_usage": True}})
-        connection = socket.create_connection(address)
-        connection.sendall(("POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
-                            f"\r\nContent-Length: {len(body)}\r\n\r\n{body}").encode())
-        waiting.register(connection, selectors.EVENT_READ, bytearray())
-    while waiting.get_map():
+def answers(address, asks, at_once):
+    """Yield (request, its raw answer) as they end, `at_once` of them at a time, each on a connection of its own.
+    A client that costs next to nothing: it only looks for the end."""
+    asks, waiting = iter(asks), selectors.DefaultSelector()
+    while True:
+        for ask in itertools.islice(asks, at_once - len(waiting.get_map())):
+            body, connection = json.dumps(ask), socket.create_connection(address)
+            connection.sendall((
+                "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: "
+                f"application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}").encode())
+            waiting.register(connection, selectors.EVENT_READ, (ask, bytearray()))
+        if not waiting.get_map():
+            return
         for key, _ in waiting.select():
-            part = key.fileobj.recv(65_536)
-            key.data.extend(part)
-            if not part or key.data.endswith(b"\r\n0\r\n\r\n"):
-                assert b'"completion_tokens":128' in key.data, bytes(key.data[-500:])
+            (ask, found), part = key.data, key.fileobj.recv(65_536)
+            found.extend(part)
+            if not part:
                 waiting.unregister(key.fileobj)
                 key.fileobj.close()
+                yield ask, bytes(found)
+
+
+def over_http(address, count):
+    """Stream `count` answers of 128 tokens at once."""
+    asks = [{"model": "big", "prompt": torch.randint(3, 6000, (64,)).tolist(), "max_tokens": 128,
+             "temperature": 0, "stream": True, "stream_options": {"include_usage": True},
+             "logit_bias": {"2": -100}} for _ in range(count)]
+    for _, answer in answers(address, asks, count):
+        assert b'"completion_tokens":128' in answer, answer[-500:]
+
+
+def text_of(answer):
+    """The text of a raw streamed answer; None if it broke off."""
+    events = re.findall(rb"^data: ({.*})$", answer, re.M)
+    text = "".join(choice["text"] for event in events for choice in json.loads(event)["choices"])
+    return text if b"\ndata: [DONE]\n" in answer else None
+
+
+def endure():
+    """The server of a tiny model: 1,000 connections dropped, 64 streams at once for MINUTES, REQUESTS answers:
+    none lost, none mixed up, memory steady."""
+    rows, codec = [], common.load_tokenizer(text_folder() / "tokenizer.json")
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "tiny"
+        place.mkdir()
+        model = our_model(compile=False, dim=64, n_layers=2, n_heads=4)
+        for p in model.parameters():
+            if p.ndim == 2:
+                nn.init.normal_(p, std=0.2)
+        torch.save({**common.weights_of(model), "step": 0}, place / "best.pt")
+        codec.save(str(place / "tokenizer.json"))
+        with http_server(place, "DTYPE=float32") as (address, pid):
+            def gauge(name):
+                with urllib.request.urlopen(f"http://{address[0]}:{address[1]}/metrics") as found:
+                    return float(re.search(rf"^nanosparse_{name} (.*)$", found.read().decode(), re.M)[1])
+
+            def free():
+                end = time.monotonic() + 30
+                while (taken := gauge("slots_busy") + gauge("queue_length")) and time.monotonic() < end:
+                    time.sleep(0.05)
+                return taken == 0
+            begin = time.perf_counter()
+            ask = json.dumps({"model": "tiny", "prompt": "a", "stream": True, "max_tokens": 400}).encode()
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            whole = head + f"Content-Length: {len(ask)}\r\n\r\n".encode() + ask
+            for i in range(1000):
+                with socket.create_connection(address) as connection:
+                    connection.sendall((b"", head, whole[:-5], whole)[i % 4])
+            seconds = time.perf_counter() - begin
+            rows.append(row("dropped, a quarter of them with a whole request; all slots free after", 1000,
+                            1000 if free() else 0, "connections", seconds=seconds))
+
+            asks = [{"model": "tiny", "prompt": f"{'The module ' * (i % 9)}{i}", "max_tokens": 20 + i % 40,
+                     "seed": i, "temperature": i % 3 / 2, "stream": True} for i in range(64)]
+            alone = {ask["seed"]: text_of(answer) for ask, answer in answers(address, asks, 1)}
+            end, same, count = time.monotonic() + 60 * MINUTES, 0, 0
+            endless = itertools.takewhile(lambda ask: time.monotonic() < end, itertools.cycle(asks))
+            for ask, answer in answers(address, endless, 64):
+                same, count = same + (text_of(answer) == alone[ask["seed"]]), count + 1
+            assert None not in alone.values() and len(set(alone.values())) > 32
+            rows.append(row(f"64 streams at once, {MINUTES:g} minutes: all, and those that are as alone", count,
+                            same, "answers", same / count))
+
+            short = ({**ask, "max_tokens": 8, "stream": bool(i % 2)} for i, ask in
+                     enumerate(itertools.islice(itertools.cycle(asks), REQUESTS)))
+            sizes, begin = [], time.perf_counter()
+            for i, (_, answer) in enumerate(answers(address, short, 32), 1):
+                assert answer.startswith(b"HTTP/1.1 200"), answer
+                if i % (REQUESTS // 10) == 0:
+                    status = Path(f"/proc/{pid}/status").read_text()
+                    sizes.append(int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024)
+            rows.append(row(f"resident set after {REQUESTS // 10:,} and {REQUESTS:,} requests", sizes[0],
+                            sizes[-1], "MiB", sizes[-1] / sizes[0], seconds=time.perf_counter() - begin))
+            assert free()
+    return rows
 
 
 def learn():
@@ -1451,8 +1529,8 @@ def sharding():
             for i, (whole, cut) in enumerate(zip(peaks[False], peaks[True], strict=True))]
 
 
-BENCHMARKS = (limits, train, memory, tokenize, startup, generate, serve_, learn, nsa, dsa, chat, impute,
-              faults, saving, sharding)
+BENCHMARKS = (limits, train, memory, tokenize, startup, generate, serve_, endure, learn, nsa, dsa, chat,
+              impute, faults, saving, sharding)
 
 
 def main():

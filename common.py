@@ -1078,7 +1078,7 @@ static inline float get(T x) { return x; }
 static inline T put(float f) { return f; }
 #endif
 
-#if defined(__AVX512BF16__) || defined(__AVX512VNNI__)
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 #define INLINE static inline __attribute__((always_inline))
@@ -1101,7 +1101,11 @@ INLINE V widened(const T *x, int64_t n) {                       /* 16 numbers; n
 #ifdef BFLOAT16
     typedef uint16_t S __attribute__((vector_size(32)));
     S s; memcpy(&s, all, 32);
+#ifdef __AVX512F__
+    return (V)((U)_mm512_cvtepu16_epi32((__m256i)s) << 16);
+#else
     return (V)(__builtin_convertvector(s, U) << 16);
+#endif
 #else
     return load(all);
 #endif

@@ -756,6 +756,8 @@ class Refused(Exception):
 
 def check(value, schema, at=""):
     """Raise Refused, with the place, unless the value is what the schema says."""
+    if not schema:                                             # anything
+        return
     def refuse(message, code="invalid_value"):
         raise Refused(f"Invalid '{at or 'body'}': {message}", at or None, code)
     if "anyOf" in schema:
@@ -1366,7 +1368,9 @@ def application(server, key):
 def serve():
     """Serve the API and the page until a signal."""
     try:
+        import h11
         import uvicorn
+        from uvicorn.protocols.http.h11_impl import H11Protocol
     except ImportError:
         raise common.BadInput("the server needs fastapi and uvicorn; run: pip install -r "
                               "requirements.txt") from None
@@ -1403,7 +1407,30 @@ def serve():
             await super().startup(sockets)
             host = f"[{HOST}]" if ":" in HOST else HOST
             print(f"{server.path}: http://{host}:{listener.getsockname()[1]}", flush=True)
-    config = uvicorn.Config(application(server, key), log_level="warning", access_log=False, lifespan="off",
+    class Http(H11Protocol):
+        """Closes a connection on which no whole head of a request comes in time; what is no HTTP gets JSON, too."""
+        timer = None
+
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            self.timer = self.loop.call_later(BODY_SECONDS, self.transport.close)
+
+        def data_received(self, data):
+            super().data_received(data)
+            begun = self.conn.their_state is not h11.IDLE
+            if begun and self.timer:
+                self.timer.cancel()
+                self.timer = None
+            elif not begun and not self.timer and self.conn.trailing_data[0]:
+                self.timer = self.loop.call_later(BODY_SECONDS, self.transport.close)
+
+        def send_400_response(self, message):
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                body = json.dumps(Refused(message).body).encode()
+                self.transport.write(b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nConnection: "
+                                     b"close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+            self.transport.close()
+    config = uvicorn.Config(application(server, key), log_level="warning", access_log=False, lifespan="off", http=Http,
                             server_header=False, timeout_graceful_shutdown=int(SHUTDOWN_SECONDS) + 5)
     sys.setswitchinterval(5e-4)  # the engine's thread should not wait long for the event loop's
     Uvicorn(config).run([listener])

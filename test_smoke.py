@@ -4153,10 +4153,18 @@ def test_invalid_bodies_are_answered_with_json_and_4xx(served):
             assert answer.status_code == 413 and answer.json()["error"]["message"]
         nul = http.post("/v1/completions", json={"model": "tiny", "prompt": "\x00</s>\x00", "max_tokens": 2})
         assert nul.status_code == 200
+        any_value = {"metadata": {"a": {"b": [1]}}, "user": [0], "safety_identifier": {}, "store": False}
+        answer = http.post("/v1/completions", json={"model": "tiny", "prompt": "a", "max_tokens": 2, **any_value})
+        assert answer.status_code == 200, answer.text
+    for garbage in (b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n"):
+        connection, found = raw_request(served, garbage), b""
+        while part := connection.recv(4096):
+            found += part
+        assert found.startswith(b"HTTP/1.1 400 ") and json.loads(found.split(b"\r\n\r\n")[1])["error"]
     assert idle(served)
 
 
-FUZZ_CASES = 300  # 5,000 for a thorough look
+FUZZ_CASES = int(os.environ.get("FUZZ_CASES", 300))  # 5,000 for a thorough look
 
 
 def test_no_request_brings_the_server_down(served):
@@ -4232,7 +4240,7 @@ def test_a_client_that_leaves_frees_its_slot(served, client):
 def test_slow_half_sent_and_dropped_connections_hold_nothing_up(served):
     slow = [raw_request(served, posted(b'{"model"', 500)) for _ in range(10)]
     silent = [raw_request(served, b"POST /v1/chat") for _ in range(10)]
-    for _ in range(300):
+    for _ in range(1000):
         raw_request(served, b"GET / HTTP/1.1\r\nHost: localhost\r\n").close()
     lazy = raw_request(served, posted(json.dumps(
         {"model": "tiny", "messages": HELLO, "stream": True, "n": 4}).encode()))  # asks and does not read
@@ -4242,6 +4250,7 @@ def test_slow_half_sent_and_dropped_connections_hold_nothing_up(served):
     answer = b""
     while part := slow[0].recv(4096):
         answer += part
+    assert all(connection.recv(4096) == b"" for connection in silent)      # closed after BODY_SECONDS
     assert b" 408 " in answer.split(b"\r\n")[0] and b'"error"' in answer
     for connection in [*slow, *silent, lazy]:
         connection.close()
