@@ -405,13 +405,10 @@ def generate():
     for p in ours.parameters():  # the zeros of a fresh model would be cheap
         nn.init.normal_(p, std=0.02)
     small = common.for_inference(copy.deepcopy(ours), run.dtype, int8=True)
+    kernels, common.step_kernels = common.step_kernels, lambda *words: None
+    slow = common.for_inference(copy.deepcopy(ours), run.dtype)  # as without a C compiler
+    common.step_kernels = kernels
     fast = common.for_inference(ours, run.dtype)
-    fused = fast.fused
-
-    def slow_steps(batch):
-        fast.fused = []
-        our_way(fast, batch, 128)
-        fast.fused = fused
 
     def growing(batch, new):
         with torch.inference_mode():
@@ -448,10 +445,10 @@ def generate():
         )
     rows.append(row("batch 8 against batch 1, both ours", alone, rate, "tokens/s"))
     for batch in (1, 8):
-        base, mine, rounded = fastest(REPEAT, lambda b=batch: slow_steps(b),
+        base, mine, rounded = fastest(REPEAT, lambda b=batch: our_way(slow, b, new),
                                       lambda b=batch: our_way(fast, b, new),
                                       lambda b=batch: our_way(small, b, new))
-        rows.append(row(f"batch {batch}, fused against torch's steps", batch * new / base, batch * new / mine,
+        rows.append(row(f"batch {batch}, steps in C against torch's", batch * new / base, batch * new / mine,
                         "tokens/s"))
         rows.append(row(f"batch {batch}, weights of 8 bits", batch * new / mine, batch * new / rounded,
                         "tokens/s"))
@@ -558,8 +555,8 @@ def http_server(place, *words):
 
 
 def answers(address, asks, at_once):
-    """Yield (request, its raw answer) as they end, `at_once` of them at a time, each on a connection of its own.
-    A client that costs next to nothing: it only looks for the end."""
+    """Yield (request, its raw answer) as they end, `at_once` of them at a time, each on its own connection. A
+    client that costs next to nothing: it only looks for the end."""
     asks, waiting = iter(asks), selectors.DefaultSelector()
     while True:
         for ask in itertools.islice(asks, at_once - len(waiting.get_map())):
@@ -596,8 +593,8 @@ def text_of(answer):
 
 
 def endure():
-    """The server of a tiny model: 1,000 connections dropped, 64 streams at once for MINUTES, REQUESTS answers:
-    none lost, none mixed up, memory steady."""
+    """The server of a tiny model: 1,000 connections dropped, 64 streams at once for MINUTES, REQUESTS
+    answers: none lost, none mixed up, memory steady."""
     rows, codec = [], common.load_tokenizer(text_folder() / "tokenizer.json")
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "tiny"
@@ -637,7 +634,7 @@ def endure():
             for ask, answer in answers(address, endless, 64):
                 same, count = same + (text_of(answer) == alone[ask["seed"]]), count + 1
             assert None not in alone.values() and len(set(alone.values())) > 32
-            rows.append(row(f"64 streams at once, {MINUTES:g} minutes: all, and those that are as alone", count,
+            rows.append(row(f"64 streams at once, {MINUTES:g} minutes: all, and those as when alone", count,
                             same, "answers", same / count))
 
             short = ({**ask, "max_tokens": 8, "stream": bool(i % 2)} for i, ask in

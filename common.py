@@ -1050,8 +1050,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
-# 5.1 Inference on a CPU in C: matrix products with weights that no longer change, and a whole step of one token
-# a row. A row's bits are its own, whatever the others hold. Meanwhile Python's lock is free.
+# 5.1 Inference on a CPU in C: matrix products with weights that no longer change, and a whole step of one
+# token a row. A row's bits are its own, whatever the others hold. Meanwhile Python's lock is free.
 
 STEP_PAIRS = 32_768  # of query and key: a longer chunk of one row is attended faster by torch's products
 STEP_C = r"""
@@ -1121,8 +1121,8 @@ INLINE void store(T *y, V v, int64_t n) {                       /* n of them, ro
     if (n >= 16) memcpy(y, &s, 16 * sizeof(T)); else memcpy(y, &s, n * sizeof(T));
 }
 
-/* A multiplication takes 16 outputs at a time, and 32 bits of inputs: PAIR of T, or, where the weights are of 8
-   bits (`small`), two of 16 bits; sums of these are integers and exact. */
+/* A multiplication takes 16 outputs at a time, and 32 bits of inputs: PAIR of T, or, where the weights are of
+   8 bits (`small`), two of 16 bits; sums of these are integers and exact. */
 INLINE U weights(const char *w, int64_t at, int small) {
     typedef int8_t S __attribute__((vector_size(32)));
     typedef int16_t L __attribute__((vector_size(64)));
@@ -1154,10 +1154,10 @@ INLINE V multiplied(V sum, U w, uint32_t x, int small) {        /* sum + w x */
 #endif
 }
 
-/* y[r, 16 p + lane] for `rows` rows and `wide` panels of n times 32 bits of inputs; `count` outputs are there. With
-   ROWS rows the weights at `next` are fetched meanwhile. */
-INLINE void tile(const char *w, const char *next, const T *scale, const char *x, const float *unit, T *y, int64_t n, int64_t N,
-                 int64_t count, int rows, int wide, int small) {
+/* y[r, 16 p + lane] for `rows` rows and `wide` panels of n times 32 bits of inputs; `count` outputs are
+   there. With ROWS rows the weights at `next` are fetched meanwhile. */
+INLINE void tile(const char *w, const char *next, const T *scale, const char *x, const float *unit, T *y,
+                 int64_t n, int64_t N, int64_t count, int rows, int wide, int small) {
     V sums[ROWS][WIDE] = {{{0}}};
     for (int64_t k = 0; k < n; k++) {
         U each[WIDE];
@@ -1185,10 +1185,9 @@ INLINE void tile(const char *w, const char *next, const T *scale, const char *x,
 
 static void tiles(const char *w, const T *scale, const char *x, const float *unit, T *y, int64_t B, int64_t n,
                   int64_t N, int64_t count, int whole) {
-    const char *next = w;
-    for (int64_t rows, i = 0; B > 0; B -= rows, x += 4 * rows * n, y += rows * N, unit += scale ? rows : 0, i++) {
-        rows = B < ROWS ? B : ROWS;
-        if (whole && B + i * ROWS > ROWS) next = w + (i < WIDE ? WIDE + i : i % WIDE) * n * (scale ? 32 : 64);
+    for (int64_t b = 0; b < B; b += ROWS, x += 4 * ROWS * n, y += ROWS * N, unit += scale ? ROWS : 0) {
+        int64_t rows = B - b < ROWS ? B - b : ROWS, panel = n * (scale ? 32 : 64);
+        const char *next = whole && B > ROWS && b < WIDE * ROWS ? w + (WIDE + b / ROWS) * panel : w;
         if (whole) { if (scale) TILES(WIDE, 1) else TILES(WIDE, 0) }
         else { if (scale) TILES(1, 1) else TILES(1, 0) }
     }
@@ -1201,15 +1200,15 @@ static void *scratch(int64_t size) {                            /* a thread's ow
     return at;
 }
 
-/* y (B, N) = x (B, K) wᵀ. w: for every 16 outputs a panel, (K / PAIR, 16, PAIR), of T; or with a scale (N) for each
-   output (K / 2, 16, 2) of 8 bits: then each row of x is rounded to 2 most + 1 steps. All threads of a parallel
-   region call it together. */
+/* y (B, N) = x (B, K) wᵀ. w: for every 16 outputs a panel, (K / PAIR, 16, PAIR), of T; or with a scale (N)
+   for each output (K / 2, 16, 2) of 8 bits: then each row of x is rounded to 2 most + 1 steps. All threads of
+   a parallel region call it together. */
 static void multiply(const char *w, const T *scale, const T *x, T *y, int64_t B, int64_t K, int64_t N) {
     int64_t panels = (N + 15) / 16, groups = (panels + WIDE - 1) / WIDE, n = scale ? K / 2 : K / PAIR;
     const char *from = (const char *)x;
     float *unit = 0;
     if (scale) {
-        int64_t most = 0x7fffffff / 128 / K < 16383 ? 0x7fffffff / 128 / K : 16383;  /* the sums fit 32 bits */
+        int64_t most = 0x7fffffff / 128 / K < 16383 ? 0x7fffffff / 128 / K : 16383;     /* sums fit 32 bits */
         unit = scratch(B * (2 * K + 4));
         int16_t *q = (int16_t *)(unit + B);
         from = (const char *)q;
@@ -1229,8 +1228,8 @@ static void multiply(const char *w, const T *scale, const T *x, T *y, int64_t B,
     for (int64_t g = 0; g < groups; g++) {
         int whole = (g + 1) * WIDE <= panels;
         for (int64_t p = g * WIDE; p < panels && p < (g + 1) * WIDE; p += whole ? WIDE : 1)
-            tiles(w + p * n * (scale ? 32 : 64), scale ? scale + 16 * p : scale, from, unit, y + 16 * p, B, n, N,
-                  N - 16 * p, whole);
+            tiles(w + p * n * (scale ? 32 : 64), scale ? scale + 16 * p : scale, from, unit, y + 16 * p, B, n,
+                  N, N - 16 * p, whole);
     }
 }
 
@@ -1252,7 +1251,7 @@ INLINE float total(V v) {
 #else
 #define PICK(a, b, ...) __builtin_shuffle(a, b, (I){__VA_ARGS__})
 #endif
-INLINE V totals(V *x) {                                         /* total of each of 16, in the same order of sums */
+INLINE V totals(V *x) {                                                         /* the total of each of 16 */
     for (int i = 0; i < 8; i++)
         x[i] = PICK(x[2 * i], x[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
              + PICK(x[2 * i], x[2 * i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
@@ -1302,13 +1301,14 @@ static void gate_up(const T *xs, T *ys, int64_t B, int64_t D) {
     }
 }
 
-/* x (B, q k v, E): norms (if any) and rotary angles; queries go to `turned`, keys and values into column at[b] of
-   the cache, with `row` and `head` from one row or head to the next; y (B, G R, E): attention of R queries a head
-   to the columns up to it, to the last `window` of them if that is not 0. With row = 0 they are B tokens of one. */
+/* x (B, q k v, E): norms (if any) and rotary angles; queries go to `turned`, keys and values into column
+   at[b] of the cache, with `row` and `head` from one row or head to the next; y (B, G R, E): attention of R
+   queries a head to the columns up to it, to the last `window` of them if that is not 0. With row = 0 they
+   are B tokens of one. */
 #define ROOM ((E + 15) / 16 * 16)
-static void attend(const T *xs, const T *weight, const float *rope, int64_t context, T *keys, T *values, int64_t row,
-                   int64_t head, const int64_t *at, float *turned, T *y, int64_t B, int64_t G, int64_t window,
-                   float eps) {
+static void attend(const T *xs, const T *weight, const float *rope, int64_t context, T *keys, T *values,
+                   int64_t row, int64_t head, const int64_t *at, float *turned, T *y, int64_t B, int64_t G,
+                   int64_t window, float eps) {
     #pragma omp for schedule(static)
     for (int64_t i = 0; i < B * G; i++) {
         int64_t b = i / G, g = i % G, place = at[b] < context ? at[b] : context - 1;
@@ -1329,23 +1329,25 @@ static void attend(const T *xs, const T *weight, const float *rope, int64_t cont
                 out[i] = wide[i] * cosine[i] - wide[i + E / 2] * sine[i];
                 out[i + E / 2] = wide[i + E / 2] * cosine[i] + wide[i] * sine[i];
             }
-            if (r < R) for (int i = 0; i < ROOM; i++) turned[((b * G + g) * R + r) * ROOM + i] = out[i] / sqrtf(E);
+            float *to = turned + ((b * G + g) * R + r) * ROOM;
+            if (r < R) for (int i = 0; i < ROOM; i++) to[i] = out[i] / sqrtf(E);
             else for (int i = 0; i < E; i++) k[i] = put(out[i]);
         }
         memcpy(v, x + (G * R + G + g) * E, E * sizeof(T));
     }
     #pragma omp for schedule(static)
     for (int64_t i = 0; i < B * G; i++) {
-        int64_t b = i / G, g = i % G, n = at[b] + 1, from = window && n > window ? n - window : 0, seen = n - from;
-        int64_t room = seen + 17;
+        int64_t b = i / G, g = i % G, n = at[b] + 1, from = window && n > window ? n - window : 0;
+        int64_t seen = n - from, room = seen + 17;
         const T *k = keys + b * row + g * head + from * E, *v = values + b * row + g * head + from * E;
         float *scores = malloc(R * room * sizeof(float)), *q = turned + i * R * ROOM;
         V out[R][ROOM / 16] = {{{0}}};
         for (int64_t begin = 0; begin < seen; begin += 16) {    /* scores of 16 keys at a time */
             V key[16][ROOM / 16], sums[16];
-            for (int j = 0; j < 16; j++)
-                for (int c = 0; c < ROOM / 16; c++)
-                    key[j][c] = widened(k + (begin + j < seen ? begin + j : seen - 1) * E + 16 * c, E - 16 * c);
+            for (int j = 0; j < 16; j++) {
+                const T *from = k + (begin + j < seen ? begin + j : seen - 1) * E;
+                for (int c = 0; c < ROOM / 16; c++) key[j][c] = widened(from + 16 * c, E - 16 * c);
+            }
             for (int r = 0; r < R; r++) {
                 for (int j = 0; j < 16; j++) {
                     sums[j] = load(q + r * ROOM) * key[j][0];
@@ -1382,14 +1384,15 @@ static void attend(const T *xs, const T *weight, const float *rope, int64_t cont
 
 /* One layer's weights (with their scales, or 0) and cache */
 typedef struct {
-    const T *norm; const char *qkv; const T *qkv_scale, *norm_qk; const char *out; const T *out_scale, *norm_mlp;
-    const char *gate_up; const T *gate_up_scale; const char *down; const T *down_scale; T *keys, *values;
+    const T *norm; const char *qkv; const T *qkv_scale, *norm_qk; const char *out; const T *out_scale;
+    const T *norm_mlp; const char *gate_up; const T *gate_up_scale; const char *down; const T *down_scale;
+    T *keys, *values;
 } Layer;
 
 /* y (B, D): the normalised hidden states of tokens ids (B), read into columns `at` of the cache */
-void step(const Layer *layers, int64_t count, const T *embedding, const T *norm, const int64_t *ids, T *y, int64_t B,
-          int64_t D, int64_t H, const float *rope, int64_t context, int64_t row, int64_t head, const int64_t *at,
-          int64_t G, int64_t window, float eps, float eps_qk, int threads) {
+void step(const Layer *layers, int64_t count, const T *embedding, const T *norm, const int64_t *ids, T *y,
+          int64_t B, int64_t D, int64_t H, const float *rope, int64_t context, int64_t row, int64_t head,
+          const int64_t *at, int64_t G, int64_t window, float eps, float eps_qk, int threads) {
     int64_t heads = G * R * E, joined = heads + 2 * G * E > 2 * H ? heads + 2 * G * E : 2 * H;
     T *x = malloc(B * (2 * D + joined + heads + H) * sizeof(T)), *more = x + B * D, *both = more + B * D;
     T *mixed = both + B * joined, *hidden = mixed + B * heads;
@@ -1401,8 +1404,8 @@ void step(const Layer *layers, int64_t count, const T *embedding, const T *norm,
             const Layer *l = layers + i;
             add_norm(x, i ? more : 0, l->norm, y, B, D, eps);
             multiply(l->qkv, l->qkv_scale, y, both, B, D, heads + 2 * G * E);
-            attend(both, l->norm_qk, rope, context, l->keys, l->values, row, head, at, turned, mixed, B, G, window,
-                   eps_qk);
+            attend(both, l->norm_qk, rope, context, l->keys, l->values, row, head, at, turned, mixed, B, G,
+                   window, eps_qk);
             multiply(l->out, l->out_scale, mixed, more, B, heads, D);
             add_norm(x, more, l->norm_mlp, y, B, D, eps);
             multiply(l->gate_up, l->gate_up_scale, y, both, B, D, 2 * H);
@@ -1420,7 +1423,7 @@ void step(const Layer *layers, int64_t count, const T *embedding, const T *norm,
 
 @functools.cache
 def step_kernels(dtype: torch.dtype, queries: int = 0, head_dim: int = 0) -> ctypes.CDLL | None:
-    """STEP_C compiled for this machine in a fraction of a second, the step for `queries` heads to a key head; None
+    """STEP_C compiled for this machine in a second, with the step for `queries` heads to a key head; None
     where there is no C compiler or it fails."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") or shutil.which("g++")
     if compiler is None or dtype not in (torch.float32, torch.bfloat16):
@@ -1429,7 +1432,7 @@ def step_kernels(dtype: torch.dtype, queries: int = 0, head_dim: int = 0) -> cty
     flags += [f"-DR={queries}", f"-DE={head_dim}"] if queries else []
     flags += ["-mprefer-vector-width=512"] * (torch.backends.cpu.get_cpu_capability() == "AVX512")
     flags += ["-DBFLOAT16"] * (dtype == torch.bfloat16)
-    pool = [str(p) for p in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*")]  # torch's threads are used
+    pool = [str(p) for p in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*")]  # torch's own threads
     with tempfile.TemporaryDirectory() as folder:
         library = f"{folder}/step.so"
         for threads in (["-fopenmp", "-x", "none", *pool, "-Wl,--as-needed"], []):
@@ -1464,8 +1467,8 @@ class FixedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], self.outputs)
-        self.kernels.product(*self.pointers, x.data_ptr(), y.data_ptr(), x.numel() // self.inputs, self.inputs,
-                             self.outputs, torch.get_num_threads())
+        self.kernels.product(*self.pointers, x.data_ptr(), y.data_ptr(), x.numel() // self.inputs,
+                             self.inputs, self.outputs, torch.get_num_threads())
         return y
 
 
@@ -3392,10 +3395,11 @@ class LM(nn.Module):
                                              for own, m in zip(self.fused, cache.layers, strict=True)]))
         layers, = cache.table
         at = torch.tensor(at if rows == B else range(at[0], at[0] + B))
-        kernels.step(layers.data_ptr(), len(layers), self.embedding.weight.data_ptr(), self.norm.weight.data_ptr(),
-                     ids.data_ptr(), y.data_ptr(), B, y.shape[1], self.sizes["hidden_dim"], self.rope.data_ptr(),
-                     self.rope.shape[1], memory.stride(0) if rows == B else 0, memory.stride(1), at.data_ptr(),
-                     a.n_kv_heads, a.window, self.norm.eps, self.eps_qk, torch.get_num_threads())
+        kernels.step(layers.data_ptr(), len(layers), self.embedding.weight.data_ptr(),
+                     self.norm.weight.data_ptr(), ids.data_ptr(), y.data_ptr(), B, y.shape[1],
+                     self.sizes["hidden_dim"], self.rope.data_ptr(), self.rope.shape[1],
+                     memory.stride(0) if rows == B else 0, memory.stride(1), at.data_ptr(), a.n_kv_heads,
+                     a.window, self.norm.eps, self.eps_qk, torch.get_num_threads())
         cache.lengths = [n + B // rows for n in cache.lengths]
         return y
 

@@ -397,8 +397,8 @@ class Slots:
         return self.head(hidden.flatten(0, -2)).float().cpu()
 
     def step(self, jobs, before):
-        """Read the last new token of every job: logits (jobs, V). `before` is called when the model is about to work,
-        with Python's lock free for other threads."""
+        """Read the last new token of every job: logits (jobs, V). `before` is called when the model is about
+        to work, with Python's lock free for other threads."""
         for job in jobs:
             self.held[job.slot] = len(job.ids) + len(job.new) - 1
         self.grow(max(self.held[job.slot] for job in jobs) + 1)
@@ -769,9 +769,9 @@ def check(value, schema, at=""):
                 errors.append(error)
         raise max(errors, key=lambda e: len(e.body["error"]["param"] or ""))  # of what fits furthest
     if "enum" in schema and not any(type(value) is type(x) and value == x for x in schema["enum"]):
-        role = at.endswith(".role") and value in ("tool", "function")
+        theirs = at.endswith(".role") and value in ("tool", "function") or at.endswith("].type")
         known = ", ".join(json.dumps(known) for known in schema["enum"])
-        refuse(f"{json.dumps(value)[:80]} is " + ("not supported" if role else f"not one of {known}"))
+        refuse(f"{json.dumps(value)[:80]} is not " + ("supported" if theirs else f"one of {known}"))
     kinds = schema.get("type", [])
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if kinds and not any(isinstance(value, TYPES[kind]) and (kind == "boolean" or not isinstance(value, bool))
@@ -794,6 +794,8 @@ def check(value, schema, at=""):
     elif isinstance(value, dict):
         known, dot = schema.get("properties", {}), at and at + "."
         for name in schema.get("required", ()):
+            if name == "text" and isinstance(value.get("type"), str):  # an image has none: say what it is
+                check(value["type"], known["type"], dot + "type")
             if value.get(name) is None:
                 raise Refused(f"Missing required parameter: '{dot}{name}'", dot + name,
                               "missing_required_parameter")
@@ -1115,8 +1117,8 @@ class Inbox:
 
 
 async def pieces(request, engine, jobs, inbox):
-    """Lists of (job, Piece), all that have come, until all jobs have ended. When the client leaves, the jobs are
-    cancelled."""
+    """Lists of (job, Piece), all that have come, until all jobs have ended. When the client leaves, the jobs
+    are cancelled."""
     async def watch():
         while (await request.receive())["type"] != "http.disconnect":
             pass
@@ -1219,8 +1221,8 @@ def application(server, key):
     app, engine = FastAPI(title="nanosparse", docs_url=None, redoc_url=None), server.engine
 
     class Events(Response):
-        """Server-sent events from an asynchronous iterator of bytes. If that fails, the last event is the error;
-        otherwise it is [DONE]."""
+        """Server-sent events from an asynchronous iterator of bytes. If that fails, the last event is the
+        error; otherwise it is [DONE]."""
 
         def __init__(self, parts):
             super().__init__()
@@ -1408,7 +1410,8 @@ def serve():
             host = f"[{HOST}]" if ":" in HOST else HOST
             print(f"{server.path}: http://{host}:{listener.getsockname()[1]}", flush=True)
     class Http(H11Protocol):
-        """Closes a connection on which no whole head of a request comes in time; what is no HTTP gets JSON, too."""
+        """Closes connections on which no whole head of a request comes in time; garbage is answered in JSON.
+        """
         timer = None
 
         def connection_made(self, transport):
@@ -1427,11 +1430,13 @@ def serve():
         def send_400_response(self, message):
             if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
                 body = json.dumps(Refused(message).body).encode()
-                self.transport.write(b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nConnection: "
-                                     b"close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+                self.transport.write(
+                    b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nConnection: close\r\n"
+                    b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
             self.transport.close()
-    config = uvicorn.Config(application(server, key), log_level="warning", access_log=False, lifespan="off", http=Http,
-                            server_header=False, timeout_graceful_shutdown=int(SHUTDOWN_SECONDS) + 5)
+    config = uvicorn.Config(application(server, key), http=Http, log_level="warning", access_log=False,
+                            lifespan="off", server_header=False,
+                            timeout_graceful_shutdown=int(SHUTDOWN_SECONDS) + 5)
     sys.setswitchinterval(5e-4)  # the engine's thread should not wait long for the event loop's
     Uvicorn(config).run([listener])
     server.engine.close()

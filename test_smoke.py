@@ -4094,7 +4094,8 @@ def test_every_error_has_its_class_in_the_official_client(client, served):
         with pytest.raises(openai.BadRequestError) as error:
             client.chat.completions.create(**ask, extra_body={param: value})
         assert error.value.param == param and error.value.type == "invalid_request_error"
-    with pytest.raises(openai.BadRequestError, match=r"messages\[0\].content\[0\]"):
+    named = r"messages\[0\].content\[0\].type.* \"image_url\" is not supported"
+    with pytest.raises(openai.BadRequestError, match=named):
         client.chat.completions.create(model="tiny", messages=[
             {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}])
     assert client.models.list().data[0].id == "tiny"
@@ -4153,8 +4154,8 @@ def test_invalid_bodies_are_answered_with_json_and_4xx(served):
             assert answer.status_code == 413 and answer.json()["error"]["message"]
         nul = http.post("/v1/completions", json={"model": "tiny", "prompt": "\x00</s>\x00", "max_tokens": 2})
         assert nul.status_code == 200
-        any_value = {"metadata": {"a": {"b": [1]}}, "user": [0], "safety_identifier": {}, "store": False}
-        answer = http.post("/v1/completions", json={"model": "tiny", "prompt": "a", "max_tokens": 2, **any_value})
+        ask = {"model": "tiny", "prompt": "a", "max_tokens": 2, "metadata": {"a": {"b": [1]}}, "user": [0]}
+        answer = http.post("/v1/completions", json=ask)
         assert answer.status_code == 200, answer.text
     for garbage in (b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n"):
         connection, found = raw_request(served, garbage), b""
@@ -4447,7 +4448,7 @@ def f(x):
 """
 
 
-def test_the_page_talks_in_a_real_browser(browser, tmp_path):
+def test_the_page_talks_in_a_real_browser(browser, served, tmp_path):
     """Send, stream, stop, regenerate, edit, reload; what the model says is never HTML. With SCREENSHOTS in
     the environment, pictures of the page go to that folder."""
     last = "document.querySelector('.assistant:last-child')"
@@ -4481,13 +4482,34 @@ def test_the_page_talks_in_a_real_browser(browser, tmp_path):
     assert browser.run("current.turns[3].content") == stopped
     browser.run("[...document.querySelectorAll('.user button')].find(b => b.textContent === 'Edit').click()")
     assert browser.run("document.getElementById('box').value") == "the cat sees"
-    assert browser.run("current.turns.length") == 0
-    browser.run("document.getElementById('box').value = ''")
+    browser.press("Escape", 27)                                            # not sent, it changes nothing
+    assert browser.run("document.getElementById('box').value + current.turns.length") == "4"
+    edits = "[...document.querySelectorAll('.user button')].filter(b => b.textContent === 'Edit')"
+    browser.run(edits + "[1].click()")
+    browser.run("document.getElementById('box').value = ''; settings = {max_tokens: 5}")
+    browser.say("other")
+    browser.until("!running && current.turns.length === 4 && current.turns[3].note")
+    assert browser.run("current.turns.map(turn => turn.content)[2]") == "other"
+
+    first = browser.session                                                # a second tab
+    target = browser.call("Target.createTarget", url=served + "/")["targetId"]
+    browser.session = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+    browser.until("document.getElementById('model')?.textContent === 'tiny'")
+    browser.run("document.getElementById('new').click(); settings = {max_tokens: 5}")
+    browser.say("from the other tab")
+    browser.until("!running && current.turns[1]?.note")
+    browser.session = first
+    browser.until("document.querySelectorAll('#list li').length === 2")
+    browser.run("settings = {max_tokens: 5}")
+    browser.say("and here")
+    browser.until("!running && current.turns.length === 6 && current.turns[5].note")
+    kept = json.loads(browser.run("localStorage.getItem('nanosparse.chats')"))
+    assert [chat["turns"][0]["content"] for chat in kept] == ["the cat sees", "from the other tab"]
 
     answer = json.dumps(ANSWER)                                            # as if the model had said it
     browser.run(f"""document.getElementById('new').click(); answer = async () => {{
         current.turns.push({{role: 'assistant', content: {answer}, note: '42 tokens, 300.0 tokens/s'}});
-        chats.unshift(current); keep('chats', chats); show(); }}""")
+        keepChat(current); show(); }}""")
     browser.say("Show me **everything** <b>")
     browser.until(f"!!{last}?.querySelector('pre')")
     assert browser.run(f"{last}.querySelectorAll('img, script, b').length") == 0
