@@ -65,7 +65,7 @@ LENGTH = 512         # tokens a row
 ROWS = 4             # rows a forward; both models are fastest with few
 LONGEST = 16_384     # tokens in `nsa`; up to 65_536
 KILLS = 4            # by SIGKILL of each script and number of processes in `faults`
-CHECKPOINT = "out/muon"  # a trained train_muon_dsa.py, in `dsa`
+CHECKPOINT = "out/muon"  # trained: by train_muon_dsa.py in `dsa`, a language model in `rounding`
 
 BIG = dict(dim=512, n_layers=8, n_heads=8, n_kv_heads=2, seq_len=512)  # 26M parameters at 6,400 tokens
 
@@ -454,6 +454,28 @@ def generate():
                         "tokens/s"))
     common.stop(run)
     return rows
+
+
+def rounding():
+    """Nats per token of a trained model (CHECKPOINT) on 400 texts of DATA, read as when it generates:
+    bfloat16 and weights of 8 bits against float32."""
+    path = common.newest_checkpoint(CHECKPOINT)
+    tokenizer, found = common.load_tokenizer(path.parent / "tokenizer.json"), {}
+    documents = itertools.islice(prepare_text.documents(DATA, prepare_text.BadRows()), 20_000)
+    texts = np.random.default_rng(0).permutation([text for text, _ in documents])[:400].tolist()
+    for dtype, int8 in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+        model = common.for_inference(common.build(common.load(path)), dtype, int8)
+        total = count = 0
+        with torch.inference_mode():
+            for text in texts:
+                ids = torch.tensor([common.BOS, *common.encode(tokenizer, text)])[:128]  # what STEP_C reads
+                cache = common.Cache(model, 1, len(ids))
+                logits = model.fixed_head(model.read(ids[None], [len(ids)], cache, each=True)[0]).float()
+                total += F.cross_entropy(logits[:-1], ids[1:], reduction="sum").item()
+                count += len(ids) - 1
+        found[str(dtype)[6:] + " int8" * int8] = total / count
+    return [row(f"{count:,} tokens, {name} against float32", found["float32"], nats, "nats/token")
+            for name, nats in found.items() if name != "float32"]
 
 
 def serve_():
@@ -1526,8 +1548,8 @@ def sharding():
             for i, (whole, cut) in enumerate(zip(peaks[False], peaks[True], strict=True))]
 
 
-BENCHMARKS = (limits, train, memory, tokenize, startup, generate, serve_, endure, learn, nsa, dsa, chat,
-              impute, faults, saving, sharding)
+BENCHMARKS = (limits, train, memory, tokenize, startup, generate, rounding, serve_, endure, learn, nsa, dsa,
+              chat, impute, faults, saving, sharding)
 
 
 def main():
