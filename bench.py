@@ -509,7 +509,7 @@ def serve_():
 
     def job(length, new):
         ids = torch.randint(3, 6400, (length,)).tolist()
-        return serve.Job(ids, new, common.TextStream(codec.table), temperature=0.0)
+        return serve.Job(ids, new, common.TextStream(codec.table), temperature=0.0, bias={2: -100.0})
 
     def streams(count, engine=engine):
         engine.submit([job(64, 128) for _ in range(count)])
