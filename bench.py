@@ -520,9 +520,10 @@ def serve_():
         ids = torch.randint(3, 6400, (1, 64))
         theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=128, min_new_tokens=128,
                         do_sample=False)
-    base, one, http_one, eight, http_eight, sixteen, bits = fastest(
+    base, one, http_one, eight, http_eight, sixteen, http_sixteen, bits = fastest(
         REPEAT, as_shipped(generated), lambda: streams(1), lambda: over_http(address, 1), lambda: streams(8),
-        lambda: over_http(address, 8), lambda: streams(16), lambda: streams(1, rounded))
+        lambda: over_http(address, 8), lambda: streams(16), lambda: over_http(address, 16),
+        lambda: streams(1, rounded))
     more.close()
     rows.append(row("one stream, against generate of transformers, float32", 128 / base, 128 / one,
                     "tokens/s", share_of_bandwidth=weights * 128 / one / 1e9 / bandwidth))
@@ -552,9 +553,11 @@ def serve_():
     wait = sorted(waits)[len(waits) // 2]
     rows.append(row("first token of a short prompt behind 8 streams and a long prompt", 3 * step * 1e3,
                     wait * 1e3, "ms", 3 * step / wait, steps=wait / step))
-    for count, alone, http in ((1, one, http_one), (8, eight, http_eight)):
+    for count, alone, http in ((1, one, http_one), (8, eight, http_eight), (16, sixteen, http_sixteen)):
         rows.append(row(f"{count} streams over HTTP, against the engine alone", count * 128 / alone,
                         count * 128 / http, "tokens/s", overhead=http / alone - 1))
+    rows.append(row("16 streams against one, both over HTTP", 128 / http_one, 16 * 128 / http_sixteen,
+                    "tokens/s"))
     for each in (engine, rounded):
         each.close()
         each.thread.join()
