@@ -9,24 +9,27 @@ logits, AdamW unfused; its model is the same size and is written out below. Work
 and ours and the fastest of REPEAT is kept: these are shared machines.
 """
 
-import concurrent.futures
 import contextlib
 import copy
 import datetime
 import functools
 import importlib
+import itertools
 import json
 import math
 import os
 import platform
 import queue
 import re
+import selectors
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import types
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -54,14 +57,15 @@ from data import (
 
 DATA = ""            # text whose document lengths are used; "" = Python's documentation
 REPEAT = 5           # timings of each; the fastest counts
-MINUTES = 1.0        # of training per model and seed in `learn`
+MINUTES = 1.0        # of training per model and seed in `learn`; of streams in `endure`
+REQUESTS = 10_000    # in `endure`
 SEEDS = 3            # seeds in `learn`
 COMPILE = True       # compile our layers where a C++ compiler is there
 LENGTH = 512         # tokens a row
 ROWS = 4             # rows a forward; both models are fastest with few
 LONGEST = 16_384     # tokens in `nsa`; up to 65_536
 KILLS = 4            # by SIGKILL of each script and number of processes in `faults`
-CHECKPOINT = "out/muon"  # a trained train_muon_dsa.py, in `dsa`
+CHECKPOINT = "out/muon"  # trained: by train_muon_dsa.py in `dsa`, a language model in `rounding`
 
 BIG = dict(dim=512, n_layers=8, n_heads=8, n_kv_heads=2, seq_len=512)  # 26M parameters at 6,400 tokens
 
@@ -404,13 +408,10 @@ def generate():
     for p in ours.parameters():  # the zeros of a fresh model would be cheap
         nn.init.normal_(p, std=0.02)
     small = common.for_inference(copy.deepcopy(ours), run.dtype, int8=True)
+    kernels, common.step_kernels = common.step_kernels, lambda *words: None
+    slow = common.for_inference(copy.deepcopy(ours), run.dtype)  # as without a C compiler
+    common.step_kernels = kernels
     fast = common.for_inference(ours, run.dtype)
-    fused = fast.fused
-
-    def slow_steps(batch):
-        fast.fused = []
-        our_way(fast, batch, 128)
-        fast.fused = fused
 
     def growing(batch, new):
         with torch.inference_mode():
@@ -447,15 +448,37 @@ def generate():
         )
     rows.append(row("batch 8 against batch 1, both ours", alone, rate, "tokens/s"))
     for batch in (1, 8):
-        base, mine, rounded = fastest(REPEAT, lambda b=batch: slow_steps(b),
+        base, mine, rounded = fastest(REPEAT, lambda b=batch: our_way(slow, b, new),
                                       lambda b=batch: our_way(fast, b, new),
                                       lambda b=batch: our_way(small, b, new))
-        rows.append(row(f"batch {batch}, fused against torch's steps", batch * new / base, batch * new / mine,
+        rows.append(row(f"batch {batch}, steps in C against torch's", batch * new / base, batch * new / mine,
                         "tokens/s"))
         rows.append(row(f"batch {batch}, weights of 8 bits", batch * new / mine, batch * new / rounded,
                         "tokens/s"))
     common.stop(run)
     return rows
+
+
+def rounding():
+    """Nats per token of a trained model (CHECKPOINT) on 400 texts of DATA, read as when it generates:
+    bfloat16 and weights of 8 bits against float32."""
+    path = common.newest_checkpoint(CHECKPOINT)
+    tokenizer, found = common.load_tokenizer(path.parent / "tokenizer.json"), {}
+    documents = itertools.islice(prepare_text.documents(DATA, prepare_text.BadRows()), 20_000)
+    texts = np.random.default_rng(0).permutation([text for text, _ in documents])[:400].tolist()
+    for dtype, int8 in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+        model = common.for_inference(common.build(common.load(path)), dtype, int8)
+        total = count = 0
+        with torch.inference_mode():
+            for text in texts:
+                ids = torch.tensor([common.BOS, *common.encode(tokenizer, text)])[:128]  # what STEP_C reads
+                cache = common.Cache(model, 1, len(ids))
+                logits = model.fixed_head(model.read(ids[None], [len(ids)], cache, each=True)[0]).float()
+                total += F.cross_entropy(logits[:-1], ids[1:], reduction="sum").item()
+                count += len(ids) - 1
+        found[str(dtype)[6:] + " int8" * int8] = total / count
+    return [row(f"{count:,} tokens, {name} against float32", found["float32"], nats, "nats/token")
+            for name, nats in found.items() if name != "float32"]
 
 
 def serve_():
@@ -471,25 +494,25 @@ def serve_():
     config = {k: v for k, v in export.config_of(ours.sizes).items() if k != "rope_scaling"}
     theirs = Qwen3ForCausalLM(Qwen3Config(**config)).eval()
     theirs.load_state_dict({common.hf_name(k): v for k, v in ours.state_dict().items()}, strict=False)
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "big"
-        place.mkdir()
-        torch.save({**common.weights_of(ours), "step": 0}, place / "best.pt")
-        (place / "tokenizer.json").write_bytes((text_folder() / "tokenizer.json").read_bytes())
-        over_http = http_rates(place, run.dtype, (1, 8))
+    more = contextlib.ExitStack()
+    place = Path(more.enter_context(tempfile.TemporaryDirectory())) / "big"
+    place.mkdir()
+    torch.save({**common.weights_of(ours), "step": 0}, place / "best.pt")
+    (place / "tokenizer.json").write_bytes((text_folder() / "tokenizer.json").read_bytes())
+    address, _ = more.enter_context(http_server(place, f"DTYPE={str(run.dtype)[6:]}", "PREFIX_TOKENS=0"))
     small = common.for_inference(copy.deepcopy(ours), run.dtype, int8=True)
     fast = common.for_inference(ours, run.dtype)
     weights = sum(p.numel() * p.element_size() for p in fast.parameters())
     codec = serve.Codec(None)
     codec.table = [b"x"] * 6400
     ended = queue.Queue()
-    engine, rounded = (serve.Engine(model, codec, 16, 2560, serve.CHUNK, 0, exact, 64, 1e9, lambda pieces: [
+    engine, rounded = (serve.Engine(model, codec, 16, 2560, serve.CHUNK, 0, True, 64, 1e9, lambda pieces: [
         ended.put((job, time.perf_counter())) for job, piece in pieces if piece.finish])
-        for model, exact in ((fast, True), (small, False)))
+        for model in (fast, small))
 
     def job(length, new):
         ids = torch.randint(3, 6400, (length,)).tolist()
-        return serve.Job(ids, new, common.TextStream(codec.table), temperature=0.0)
+        return serve.Job(ids, new, common.TextStream(codec.table), temperature=0.0, bias={2: -100.0})
 
     def streams(count, engine=engine):
         engine.submit([job(64, 128) for _ in range(count)])
@@ -500,9 +523,11 @@ def serve_():
         ids = torch.randint(3, 6400, (1, 64))
         theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=128, min_new_tokens=128,
                         do_sample=False)
-    base, one, eight, sixteen, bits = fastest(REPEAT, as_shipped(generated), lambda: streams(1),
-                                              lambda: streams(8), lambda: streams(16),
-                                              lambda: streams(1, rounded))
+    base, one, http_one, eight, http_eight, sixteen, http_sixteen, bits = fastest(
+        REPEAT, as_shipped(generated), lambda: streams(1), lambda: over_http(address, 1), lambda: streams(8),
+        lambda: over_http(address, 8), lambda: streams(16), lambda: over_http(address, 16),
+        lambda: streams(1, rounded))
+    more.close()
     rows.append(row("one stream, against generate of transformers, float32", 128 / base, 128 / one,
                     "tokens/s", share_of_bandwidth=weights * 128 / one / 1e9 / bandwidth))
     rows.append(row("one stream, weights of 8 bits, against generate of transformers, float32", 128 / base,
@@ -531,10 +556,11 @@ def serve_():
     wait = sorted(waits)[len(waits) // 2]
     rows.append(row("first token of a short prompt behind 8 streams and a long prompt", 3 * step * 1e3,
                     wait * 1e3, "ms", 3 * step / wait, steps=wait / step))
-    for count, alone in ((1, one), (8, eight)):
-        rate = count * 128 / alone
-        rows.append(row(f"{count} streams over HTTP, against the engine alone", rate, over_http[count],
-                        "tokens/s", overhead=rate / over_http[count] - 1))
+    for count, alone, http in ((1, one, http_one), (8, eight, http_eight), (16, sixteen, http_sixteen)):
+        rows.append(row(f"{count} streams over HTTP, against the engine alone", count * 128 / alone,
+                        count * 128 / http, "tokens/s", overhead=http / alone - 1))
+    rows.append(row("16 streams against one, both over HTTP", 128 / http_one, 16 * 128 / http_sixteen,
+                    "tokens/s"))
     for each in (engine, rounded):
         each.close()
         each.thread.join()
@@ -542,32 +568,115 @@ def serve_():
     return rows
 
 
-def http_rates(place, dtype, counts):
-    """tokens/s of the server as a process of its own, by number of streams."""
-    import httpx
-    words = [f"CHECKPOINT={place}", "PORT=0", f"DTYPE={str(dtype)[6:]}", "PREFIX_TOKENS=0"]
-    process = subprocess.Popen([sys.executable, "serve.py", *words], stdout=subprocess.PIPE, text=True,
-                               stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=Path(__file__).parent)
-    address = process.stdout.readline().split(": ")[-1].strip()
-
-    def one(_):
-        body = {"model": "big", "prompt": torch.randint(3, 6000, (64,)).tolist(), "max_tokens": 128,
-                "temperature": 0, "stream": True, "logit_bias": {"2": -100}}
-        with httpx.stream("POST", address + "/v1/completions", json=body, timeout=600) as answer:
-            for _ in answer.iter_bytes():
-                pass
-    rates = {}
+@contextlib.contextmanager
+def http_server(place, *words):
+    """((host, port), process id) of `serve.py` as a process of its own."""
+    process = subprocess.Popen([sys.executable, "serve.py", f"CHECKPOINT={place}", "PORT=0", *words],
+                               text=True, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, cwd=Path(__file__).parent)
     try:
-        with concurrent.futures.ThreadPoolExecutor(max(counts)) as pool:
-            for count in counts:
-                seconds, = fastest(REPEAT, lambda n=count: list(pool.map(one, range(n))))
-                rates[count] = count * 128 / seconds
+        host, port = process.stdout.readline().split("//")[-1].strip().split(":")
+        yield (host, int(port)), process.pid
     finally:
         process.terminate()
         process.wait()
-    return rates
 
 
+def answers(address, asks, at_once):
+    """Yield (request, its raw answer) as they end, `at_once` of them at a time, each on its own connection. A
+    client that costs next to nothing: it only looks for the end."""
+    asks, waiting = iter(asks), selectors.DefaultSelector()
+    while True:
+        for ask in itertools.islice(asks, at_once - len(waiting.get_map())):
+            body, connection = json.dumps(ask), socket.create_connection(address)
+            connection.sendall((
+                "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: "
+                f"application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}").encode())
+            waiting.register(connection, selectors.EVENT_READ, (ask, bytearray()))
+        if not waiting.get_map():
+            return
+        for key, _ in waiting.select():
+            (ask, found), part = key.data, key.fileobj.recv(65_536)
+            found.extend(part)
+            if not part:
+                waiting.unregister(key.fileobj)
+                key.fileobj.close()
+                yield ask, bytes(found)
+
+
+def over_http(address, count):
+    """Stream `count` answers of 128 tokens at once."""
+    asks = [{"model": "big", "prompt": torch.randint(3, 6000, (64,)).tolist(), "max_tokens": 128,
+             "temperature": 0, "stream": True, "stream_options": {"include_usage": True},
+             "logit_bias": {"2": -100}} for _ in range(count)]
+    for _, answer in answers(address, asks, count):
+        assert b'"completion_tokens":128' in answer, answer[-500:]
+
+
+def text_of(answer):
+    """The text of a raw streamed answer; None if it broke off."""
+    events = re.findall(rb"^data: ({.*})$", answer, re.M)
+    text = "".join(choice["text"] for event in events for choice in json.loads(event)["choices"])
+    return text if b"\ndata: [DONE]\n" in answer else None
+
+
+def endure():
+    """The server of a tiny model: 1,000 connections dropped, 64 streams at once for MINUTES, REQUESTS
+    answers: none lost, none mixed up, memory steady."""
+    rows, codec = [], common.load_tokenizer(text_folder() / "tokenizer.json")
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "tiny"
+        place.mkdir()
+        model = our_model(compile=False, dim=64, n_layers=2, n_heads=4)
+        for p in model.parameters():
+            if p.ndim == 2:
+                nn.init.normal_(p, std=0.2)
+        torch.save({**common.weights_of(model), "step": 0}, place / "best.pt")
+        codec.save(str(place / "tokenizer.json"))
+        with http_server(place, "DTYPE=float32") as (address, pid):
+            def gauge(name):
+                with urllib.request.urlopen(f"http://{address[0]}:{address[1]}/metrics") as found:
+                    return float(re.search(rf"^nanosparse_{name} (.*)$", found.read().decode(), re.M)[1])
+
+            def free():
+                end = time.monotonic() + 30
+                while (taken := gauge("slots_busy") + gauge("queue_length")) and time.monotonic() < end:
+                    time.sleep(0.05)
+                return taken == 0
+            begin = time.perf_counter()
+            ask = json.dumps({"model": "tiny", "prompt": "a", "stream": True, "max_tokens": 400}).encode()
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            whole = head + f"Content-Length: {len(ask)}\r\n\r\n".encode() + ask
+            for i in range(1000):
+                with socket.create_connection(address) as connection:
+                    connection.sendall((b"", head, whole[:-5], whole)[i % 4])
+            seconds = time.perf_counter() - begin
+            rows.append(row("dropped, a quarter of them with a whole request; all slots free after", 1000,
+                            1000 if free() else 0, "connections", seconds=seconds))
+
+            asks = [{"model": "tiny", "prompt": f"{'The module ' * (i % 9)}{i}", "max_tokens": 20 + i % 40,
+                     "seed": i, "temperature": i % 3 / 2, "stream": True} for i in range(64)]
+            alone = {ask["seed"]: text_of(answer) for ask, answer in answers(address, asks, 1)}
+            end, same, count = time.monotonic() + 60 * MINUTES, 0, 0
+            endless = itertools.takewhile(lambda ask: time.monotonic() < end, itertools.cycle(asks))
+            for ask, answer in answers(address, endless, 64):
+                same, count = same + (text_of(answer) == alone[ask["seed"]]), count + 1
+            assert None not in alone.values() and len(set(alone.values())) > 32
+            rows.append(row(f"64 streams at once, {MINUTES:g} minutes: all, and those as when alone", count,
+                            same, "answers", same / count))
+
+            short = ({**ask, "max_tokens": 8, "stream": bool(i % 2)} for i, ask in
+                     enumerate(itertools.islice(itertools.cycle(asks), REQUESTS)))
+            sizes, begin = [], time.perf_counter()
+            for i, (_, answer) in enumerate(answers(address, short, 32), 1):
+                assert answer.startswith(b"HTTP/1.1 200"), answer
+                if i % (REQUESTS // 10) == 0:
+                    status = Path(f"/proc/{pid}/status").read_text()
+                    sizes.append(int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024)
+            rows.append(row(f"resident set after {REQUESTS // 10:,} and {REQUESTS:,} requests", sizes[0],
+                            sizes[-1], "MiB", sizes[-1] / sizes[0], seconds=time.perf_counter() - begin))
+            assert free()
+    return rows
 
 
 def learn():
@@ -1449,8 +1558,8 @@ def sharding():
             for i, (whole, cut) in enumerate(zip(peaks[False], peaks[True], strict=True))]
 
 
-BENCHMARKS = (limits, train, memory, tokenize, startup, generate, serve_, learn, nsa, dsa, chat, impute,
-              faults, saving, sharding)
+BENCHMARKS = (limits, train, memory, tokenize, startup, generate, rounding, serve_, endure, learn, nsa, dsa,
+              chat, impute, faults, saving, sharding)
 
 
 def main():

@@ -71,7 +71,7 @@ EXACT = True              # use only batch widths that give every row the bits i
 QUEUE = 64                # answers that may wait for a slot; more are refused with 429
 MAX_N = 8                 # answers (n) to one prompt
 MAX_BODY = 1_000_000      # bytes of a request
-BODY_SECONDS = 10.0       # for a request to arrive
+BODY_SECONDS = 10.0       # for a request's head to arrive, and for its body
 REQUEST_SECONDS = 300.0   # for an answer; one that takes longer ends there with finish_reason "length"
 SHUTDOWN_SECONDS = 10.0   # for running answers to end after Ctrl-C
 LOG_PROMPTS = False       # write prompts and answers into the log
@@ -308,9 +308,10 @@ class Single:
             last = hidden if job.score_prompt else hidden[-1:]
         return self.head(last).float().cpu()
 
-    def step(self, jobs):
+    def step(self, jobs, before):
         (job,) = jobs
         device = self.model.head_weight.device
+        before()
         if self.cached:
             last = self.model.read(torch.tensor([job.new[-1:]], device=device), [1], self.cache)
         else:
@@ -398,21 +399,22 @@ class Slots:
         job.read = self.held[job.slot] = end
         return self.head(hidden.flatten(0, -2)).float().cpu()
 
-    def step(self, jobs):
-        """Read the last new token of every job: logits (jobs, V)."""
+    def step(self, jobs, before):
+        """Read the last new token of every job: logits (jobs, V). `before` is called when the model is about
+        to work, with Python's lock free for other threads."""
         for job in jobs:
             self.held[job.slot] = len(job.ids) + len(job.new) - 1
         self.grow(max(self.held[job.slot] for job in jobs) + 1)
-        return self.decode([job.slot for job in jobs], [job.new[-1] for job in jobs])
+        return self.decode([job.slot for job in jobs], [job.new[-1] for job in jobs], before)
 
-    def decode(self, slots, tokens):
+    def decode(self, slots, tokens, before=lambda: None):
         if not self.widths:
-            return torch.cat([self.part(slot, slot + 1, [slot], [token])
+            return torch.cat([self.part(slot, slot + 1, [slot], [token], before)
                               for slot, token in zip(slots, tokens, strict=True)])
         width = self.widths[bisect.bisect_left(self.widths, max(slots) + 1)]
-        return self.part(0, width, slots, tokens)
+        return self.part(0, width, slots, tokens, before)
 
-    def part(self, begin, end, slots, tokens):
+    def part(self, begin, end, slots, tokens, before):
         """`decode` with rows begin to end of the cache; those that are not in `slots` write where nobody
         reads."""
         ids, rows = [[0] for _ in range(end - begin)], self.cache.rows(begin, end)
@@ -421,7 +423,9 @@ class Slots:
             ids[slot - begin] = [token]
         columns = max(self.least, *(self.held[slot] + 1 for slot in slots))
         columns = min(self.length, -(-columns // 256) * 256)
-        hidden = self.model.read(self.tensor(ids), [1] * (end - begin), rows, width=columns)
+        ids = self.tensor(ids)
+        before()
+        hidden = self.model.read(ids, [1] * (end - begin), rows, width=columns)
         logits, wanted = self.head(hidden), [slot - begin for slot in slots]
         return (logits if wanted == list(range(end - begin)) else logits[wanted]).float().cpu()
 
@@ -523,7 +527,8 @@ class Engine:
                 traceback.print_exc()
                 for job in list(self.active):
                     self.end(job, "error", error="the model failed on this request")
-            self.flush()
+            if not self.active:                                # else while the model works next
+                self.flush()
 
     def flush(self):
         """Pass on what the answers have gained."""
@@ -563,9 +568,8 @@ class Engine:
             if not self.read(longest=self.slots.chunk):
                 break
         running = [job for job in self.active if job.new and not job.cancelled]
-        self.flush()                                           # a first token does not wait for the others
         if running:
-            self.extend(running, self.slots.step(running))
+            self.extend(running, self.slots.step(running, self.flush))
 
     def read(self, oldest=False, longest=math.inf):
         """Read a chunk of the prompt with the shortest rest, now and then of the oldest, so that none waits
@@ -579,6 +583,7 @@ class Engine:
         begin = job.read
         job.reused += begin - before
         self.count["prompt_tokens_reused"] += begin - before
+        self.flush()
         logits = self.slots.read(job)
         self.count["prompt_tokens"] += job.read - before
         if job.score_prompt:
@@ -754,6 +759,8 @@ class Refused(Exception):
 
 def check(value, schema, at=""):
     """Raise Refused, with the place, unless the value is what the schema says."""
+    if not schema:                                             # anything
+        return
     def refuse(message, code="invalid_value"):
         raise Refused(f"Invalid '{at or 'body'}': {message}", at or None, code)
     if "anyOf" in schema:
@@ -765,9 +772,9 @@ def check(value, schema, at=""):
                 errors.append(error)
         raise max(errors, key=lambda e: len(e.body["error"]["param"] or ""))  # of what fits furthest
     if "enum" in schema and not any(type(value) is type(x) and value == x for x in schema["enum"]):
-        role = at.endswith(".role") and value in ("tool", "function")
+        theirs = at.endswith(".role") and value in ("tool", "function") or at.endswith("].type")
         known = ", ".join(json.dumps(known) for known in schema["enum"])
-        refuse(f"{json.dumps(value)[:80]} is " + ("not supported" if role else f"not one of {known}"))
+        refuse(f"{json.dumps(value)[:80]} is not " + ("supported" if theirs else f"one of {known}"))
     kinds = schema.get("type", [])
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if kinds and not any(isinstance(value, TYPES[kind]) and (kind == "boolean" or not isinstance(value, bool))
@@ -790,6 +797,8 @@ def check(value, schema, at=""):
     elif isinstance(value, dict):
         known, dot = schema.get("properties", {}), at and at + "."
         for name in schema.get("required", ()):
+            if name == "text" and isinstance(value.get("type"), str):  # an image has none: say what it is
+                check(value["type"], known["type"], dot + "type")
             if value.get(name) is None:
                 raise Refused(f"Missing required parameter: '{dot}{name}'", dot + name,
                               "missing_required_parameter")
@@ -866,7 +875,7 @@ class Asked:
             presence=float(get("presence_penalty", 0)), frequency=float(get("frequency_penalty", 0)))
         self.seed = get("seed", random.SystemRandom().randrange(2**62))
         self.id = ("chatcmpl-" if chat else "cmpl-") + random.SystemRandom().randbytes(12).hex()
-        self.created, self.offsets = int(time.time()), collections.Counter()
+        self.created, self.offsets, self.around = int(time.time()), collections.Counter(), {}
 
     def texts(self):
         """The prompts of a completion: strings or lists of token ids."""
@@ -980,24 +989,38 @@ class Asked:
         return {**self.about("chat.completion" if self.chat else "text_completion"), "choices": choices,
                 "usage": self.counted(jobs)}
 
-    def chunks(self, index, piece=None):
-        """The events of a piece of an answer; without one, its beginning."""
-        def event(content, finish=None, scores=None):
-            choice = {"index": index, "finish_reason": finish, "logprobs": scores}
-            choice["delta" if self.chat else "text"] = content
-            return {**self.about("chat.completion.chunk" if self.chat else "text_completion"),
-                    "choices": [choice], **({"usage": None} if self.usage else {})}
-        if piece is None:
-            if self.chat:
-                yield event({"role": "assistant", "content": ""})
-            elif self.echo:
-                yield event(self.prompt_text(index))
-            return
-        if piece.text or piece.scores:
-            yield event({"content": piece.text} if self.chat else piece.text, None,
-                        self.scores(index, piece.scores))
-        if piece.finish:
-            yield event({} if self.chat else "", piece.finish)
+    def event(self, index, content, finish=None, scores=None):
+        """One event of an answer, as bytes."""
+        choice = {"index": index, "finish_reason": finish, "logprobs": scores}
+        choice["delta" if self.chat else "text"] = content
+        return event_of({**self.about("chat.completion.chunk" if self.chat else "text_completion"),
+                         "choices": [choice], **({"usage": None} if self.usage else {})})
+
+    def begin(self, index):
+        """The events before the first piece of an answer."""
+        if self.chat:
+            return self.event(index, {"role": "assistant", "content": ""})
+        return self.event(index, self.prompt_text(index)) if self.echo else b""
+
+    def events(self, index, piece):
+        """The events of a piece of an answer. All but the text is the same in most, and made once."""
+        found = b""
+        if piece.scores:
+            found = self.event(index, {"content": piece.text} if self.chat else piece.text, None,
+                               self.scores(index, piece.scores))
+        elif piece.text:
+            if index not in self.around:
+                mark = "\0"                                    # is in no name
+                self.around[index] = self.event(index, {"content": mark} if self.chat else mark).split(
+                    json.dumps(mark).encode())
+            before, after = self.around[index]
+            found = before + json.dumps(piece.text, ensure_ascii=False).encode() + after
+        return found + self.event(index, {} if self.chat else "", piece.finish) if piece.finish else found
+
+
+def event_of(value):
+    """A JSON value as a server-sent event."""
+    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
 
 
 # The server.
@@ -1038,7 +1061,7 @@ class Server:
         """From the engine's thread into the event loop, all pieces of a turn at once."""
         def deliver():
             for job, piece in outbox:
-                job.inbox.put_nowait((job, piece))
+                job.inbox.put((job, piece))
         try:
             self.loop.call_soon_threadsafe(deliver)
         except RuntimeError:  # the loop is closed: nobody waits
@@ -1076,22 +1099,42 @@ class Gone(Exception):
     """The client has left."""
 
 
+class Inbox:
+    """What the engine has made for one request and nobody has taken."""
+
+    def __init__(self):
+        self.items, self.waiter = [], None
+
+    def put(self, item):
+        self.items.append(item)
+        if self.waiter and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    async def get(self):
+        """All that is there, at least one."""
+        if not self.items:
+            self.waiter = asyncio.get_running_loop().create_future()
+            await self.waiter
+        items, self.items = self.items, []
+        return items
+
+
 async def pieces(request, engine, jobs, inbox):
-    """(job, Piece) as they come, until all jobs have ended. When the client leaves, the jobs are
-    cancelled."""
+    """Lists of (job, Piece), all that have come, until all jobs have ended. When the client leaves, the jobs
+    are cancelled."""
     async def watch():
         while (await request.receive())["type"] != "http.disconnect":
             pass
         engine.cancel(jobs)
-        inbox.put_nowait((None, None))
+        inbox.put((None, None))
     watcher, left = asyncio.create_task(watch()), len(jobs)
     try:
         while left:
-            job, piece = await inbox.get()
-            if job is None:
+            found = await inbox.get()
+            if any(job is None for job, _ in found):
                 raise Gone
-            left -= bool(piece.finish)
-            yield job, piece
+            left -= sum(bool(piece.finish) for _, piece in found)
+            yield found
     finally:
         watcher.cancel()
         engine.cancel(jobs)
@@ -1125,7 +1168,7 @@ def guard(app, server, key):
 
         async def refuse(error):
             await answer_error(error)(scope, receive, sending)
-        path = scope["path"]
+        scope["send"], path = sending, scope["path"]
         host = re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1")).strip("[]").lower()
         try:
             if cross and scope["method"] == "OPTIONS":
@@ -1181,38 +1224,38 @@ def application(server, key):
     app, engine = FastAPI(title="nanosparse", docs_url=None, redoc_url=None), server.engine
 
     class Events(Response):
-        """Server-sent events from an asynchronous iterator of JSON values. If that fails, the last event is
-        the error; otherwise it is [DONE]."""
+        """Server-sent events from an asynchronous iterator of bytes. If that fails, the last event is the
+        error; otherwise it is [DONE]."""
 
-        def __init__(self, values):
+        def __init__(self, parts):
             super().__init__()
-            self.values = values
+            self.parts = parts
 
         async def __call__(self, scope, receive, send):
-            async def event(text):
-                body = f"data: {text}\n\n".encode()
-                await send({"type": "http.response.body", "body": body, "more_body": True})
+            send = scope["send"]                               # past the layers between, each token
+            async def body(part):
+                await send({"type": "http.response.body", "body": part, "more_body": True})
             await send({"type": "http.response.start", "status": 200, "headers": [
                 (b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
                 (b"x-accel-buffering", b"no")]})
             try:
                 async with asyncio.timeout(REQUEST_SECONDS + 30):  # a client that does not read is let go
                     try:
-                        async for value in self.values:
-                            await event(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
-                        await event("[DONE]")
+                        async for part in self.parts:
+                            await body(part)
+                        await body(b"data: [DONE]\n\n")
                     except Refused as error:
-                        await event(json.dumps(error.body))
+                        await body(event_of(error.body))
             except (Gone, TimeoutError):
                 return
             finally:
-                await self.values.aclose()
+                await self.parts.aclose()
             await send({"type": "http.response.body", "body": b""})
 
     async def answer(request, chat):
         body = parse(await body_of(request))
         asked = await asyncio.to_thread(Asked, body, chat, server)     # tokenizing may take a while
-        inbox = asyncio.Queue()
+        inbox = Inbox()
         jobs = asked.jobs(inbox)
         try:
             engine.submit(jobs)
@@ -1230,7 +1273,7 @@ def application(server, key):
             return Events(events(asked, jobs, found))
         texts, scores, ends = [""] * len(jobs), [[] for _ in jobs], [""] * len(jobs)
         try:
-            async for job, piece in found:
+            async for job, piece in (item async for items in found for item in items):
                 if piece.error:
                     raise Refused(piece.error, status=500, kind="server_error")
                 texts[job.index] += piece.text
@@ -1245,22 +1288,24 @@ def application(server, key):
         return JSONResponse(asked.whole(jobs, texts, scores, ends))
 
     async def events(asked, jobs, found):
-        for job in jobs:
-            for value in asked.chunks(job.index):
-                yield value
+        if begin := b"".join(asked.begin(job.index) for job in jobs):
+            yield begin
         try:
-            async for job, piece in found:
-                if piece.error:
-                    raise Refused(piece.error, kind="server_error")
-                for value in asked.chunks(job.index, piece):
-                    yield value
-                if LOG_PROMPTS:
-                    server.log(f"answer {job.index} {json.dumps(piece.text, ensure_ascii=False)}")
+            async for items in found:
+                parts = []
+                for job, piece in items:
+                    if piece.error:
+                        yield b"".join(parts)
+                        raise Refused(piece.error, kind="server_error")
+                    parts.append(asked.events(job.index, piece))
+                    if LOG_PROMPTS:
+                        server.log(f"answer {job.index} {json.dumps(piece.text, ensure_ascii=False)}")
+                yield b"".join(parts)
         finally:
             await found.aclose()
         if asked.usage:
-            yield {**asked.about("chat.completion.chunk" if asked.chat else "text_completion"), "choices": [],
-                   "usage": asked.counted(jobs)}
+            yield event_of({**asked.about("chat.completion.chunk" if asked.chat else "text_completion"),
+                            "choices": [], "usage": asked.counted(jobs)})
 
     def described(schema):
         return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
@@ -1328,7 +1373,9 @@ def application(server, key):
 def serve():
     """Serve the API and the page until a signal."""
     try:
+        import h11
         import uvicorn
+        from uvicorn.protocols.http.h11_impl import H11Protocol
     except ImportError:
         raise common.BadInput("the server needs fastapi and uvicorn; run: pip install -r "
                               "requirements.txt") from None
@@ -1365,8 +1412,34 @@ def serve():
             await super().startup(sockets)
             host = f"[{HOST}]" if ":" in HOST else HOST
             print(f"{server.path}: http://{host}:{listener.getsockname()[1]}", flush=True)
-    config = uvicorn.Config(application(server, key), log_level="warning", access_log=False, lifespan="off",
-                            server_header=False, timeout_graceful_shutdown=int(SHUTDOWN_SECONDS) + 5)
+    class Http(H11Protocol):
+        """Closes connections on which no whole head of a request comes in time; garbage is answered in JSON.
+        """
+        timer = None
+
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            self.timer = self.loop.call_later(BODY_SECONDS, self.transport.close)
+
+        def data_received(self, data):
+            super().data_received(data)
+            begun = self.conn.their_state is not h11.IDLE
+            if begun and self.timer:
+                self.timer.cancel()
+                self.timer = None
+            elif not begun and not self.timer and self.conn.trailing_data[0]:
+                self.timer = self.loop.call_later(BODY_SECONDS, self.transport.close)
+
+        def send_400_response(self, message):
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                body = json.dumps(Refused(message).body).encode()
+                self.transport.write(
+                    b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nConnection: close\r\n"
+                    b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+            self.transport.close()
+    config = uvicorn.Config(application(server, key), http=Http, log_level="warning", access_log=False,
+                            lifespan="off", server_header=False,
+                            timeout_graceful_shutdown=int(SHUTDOWN_SECONDS) + 5)
     sys.setswitchinterval(5e-4)  # the engine's thread should not wait long for the event loop's
     Uvicorn(config).run([listener])
     server.engine.close()
