@@ -887,6 +887,31 @@ def test_without_a_compiler_steps_are_torchs(monkeypatch):
     common.step_kernels.cache_clear()
 
 
+@pytest.mark.skipif(common.step_kernels(torch.float32) is None, reason="needs a C compiler")
+def test_steps_are_compiled_once_and_again_where_the_library_is_damaged(tmp_path, monkeypatch):
+    calls, run, source = [], subprocess.run, common.STEP_C
+    monkeypatch.setattr(common.subprocess, "run", lambda *a, **k: calls.append(1) or run(*a, **k))
+
+    def compiled(folder):
+        (folder / "__pycache__").mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, folder / "step.c")
+        monkeypatch.setattr(common, "STEP_C", folder / "step.c")
+        common.step_kernels.cache_clear()
+        calls.clear()
+        assert common.step_kernels(torch.float32) is not None
+        return len(calls)
+    assert compiled(tmp_path / "one") == 1 and compiled(tmp_path / "one") == 0
+    library, = (tmp_path / "one/__pycache__").glob("step-*.so")
+    (tmp_path / "two/__pycache__").mkdir(parents=True)
+    (tmp_path / "two/__pycache__" / library.name).write_bytes(b"damaged")
+    assert compiled(tmp_path / "two") == 1
+    assert (tmp_path / "two/__pycache__" / library.name).stat().st_size == library.stat().st_size
+    (tmp_path / "two/step.c").write_text("int wrong")
+    common.step_kernels.cache_clear()
+    assert common.step_kernels(torch.float32) is None
+    common.step_kernels.cache_clear()
+
+
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_weights_multiply_like_unpacked_ones_and_each_row_by_itself(dtype, int8):
