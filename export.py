@@ -113,7 +113,7 @@ def export():
         common.write_whole(out / name, lambda file, text=text: file.write(text))
     common.write_whole(out / "model.safetensors", lambda file: file.write(save(state, {"format": "pt"})))
     common.copy_tokenizer(path.parent, out)
-    if (out / "tokenizer_config.json").exists():
+    if (out / "tokenizer.json").exists() and (out / "tokenizer_config.json").exists():
         about = json.loads((out / "tokenizer_config.json").read_text())
         tokenizer = common.load_tokenizer(out / "tokenizer.json")
         pad, bos, eos = common.special_names(tokenizer)
