@@ -1063,6 +1063,35 @@ STEP_PAIRS = 32_768  # of query and key: a longer chunk of one row is attended f
 STEP_C = Path(__file__).with_name("step.c")
 
 
+def _library(path: str | Path) -> ctypes.CDLL | None:
+    """The shared library; None where it is not there, or damaged."""
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        return None
+
+
+def _compiled(command: list[str], pool: list[str], kept: Path) -> ctypes.CDLL | None:
+    """The library that the command makes, with torch's threads or without any, copied to `kept` if it can be;
+    None where the compiler fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "step.so"
+        for threads in (["-fopenmp", *pool, "-Wl,--as-needed"], []):
+            try:
+                subprocess.run([*command, *threads, "-o", str(made), "-lm"], check=True, timeout=60,
+                               capture_output=True)
+            except (subprocess.SubprocessError, OSError):
+                continue
+            kernels = _library(made)
+            if kernels is None:
+                continue
+            with contextlib.suppress(BadInput, OSError):  # a folder that cannot be written to
+                kept.parent.mkdir(exist_ok=True)
+                write_whole(kept, lambda file: file.write(made.read_bytes()))
+            return kernels
+    return None
+
+
 @functools.cache
 def step_kernels(dtype: torch.dtype, queries: int = 0, head_dim: int = 0) -> ctypes.CDLL | None:
     """STEP_C compiled for this machine, once, with the step for `queries` heads to a key head; None where
@@ -1080,20 +1109,7 @@ def step_kernels(dtype: torch.dtype, queries: int = 0, head_dim: int = 0) -> cty
     machine = [line for line in machine.splitlines() if line.startswith(("model name", "flags", "Features"))]
     known = repr((compiler, flags, machine, torch.__version__)).encode() + STEP_C.read_bytes()
     kept = STEP_C.parent / "__pycache__" / f"step-{hashlib.sha256(known).hexdigest()[:16]}.so"
-    kernels = None
-    with contextlib.suppress(OSError):  # not there, or damaged
-        kernels = ctypes.CDLL(str(kept))
-    with tempfile.TemporaryDirectory() as folder:
-        library = f"{folder}/step.so"
-        for threads in (["-fopenmp", *pool, "-Wl,--as-needed"], []) if kernels is None else ():
-            command = [compiler, *flags, "-shared", "-fPIC", str(STEP_C), *threads, "-o", library, "-lm"]
-            with contextlib.suppress(subprocess.SubprocessError, OSError):
-                subprocess.run(command, check=True, timeout=60, capture_output=True)
-                kernels = ctypes.CDLL(library)
-                with contextlib.suppress(BadInput, OSError):  # a folder that cannot be written to
-                    kept.parent.mkdir(exist_ok=True)
-                    write_whole(kept, lambda file: file.write(Path(library).read_bytes()))
-                break
+    kernels = _library(kept) or _compiled([compiler, *flags, "-shared", "-fPIC", str(STEP_C)], pool, kept)
     if kernels is None:
         return None
     P, N, F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float

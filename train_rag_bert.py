@@ -351,13 +351,13 @@ def copied(query, typed, reference, minor, cm, sites, rates, error, keep=None):
             x[:, first:end] = torch.lerp(found[:, 0], found[:, 1], w).transpose(0, 1)
             before[first:end], after[first:end] = found[:, 0, R // 2], found[:, 1, R // 2]
         later = now.clone()
-    count = minor.sum(1, keepdim=True).float().expand(V, Q) if keep is None else carriers(minor, keep)
+    count = minor.sum(1, keepdim=True).float().expand(V, Q) if keep is None else weighted_count(minor, keep)
     total = torch.full((Q,), float(minor.shape[1])) if keep is None else keep.sum(1)
     return Copied(
         x,
         before,
         after,
-        carriers(minor, whole / M),
+        weighted_count(minor, whole / M),
         sharp,
         torch.from_numpy(left),
         torch.from_numpy(right),
@@ -367,8 +367,8 @@ def copied(query, typed, reference, minor, cm, sites, rates, error, keep=None):
     )
 
 
-def carriers(minor, weight, block=4096):
-    """minor (V, S) bool @ weight (Q, S), transposed: (V, Q); no float copy of all of minor."""
+def weighted_count(minor, weight, block=4096):
+    """Minor alleles (V, S) bool counted with weights (Q, S): (V, Q); no float copy of all of them is made."""
     return torch.cat([minor[i:i + block].float() @ weight.T for i in range(0, len(minor), block)])
 
 
