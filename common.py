@@ -1579,18 +1579,20 @@ def _window_backward(q, k, v, gate, window, dout, dq, dk, dv, dgate) -> None:
 
 class Cache:
     """What each row has read: per layer the tensors that its attention's `memory` makes; lengths on the
-    host."""
+    host; `ids` where the model looks at the tokens before each."""
 
     def __init__(self, model: nn.Module, rows: int, length: int):
         self.layers = [layer.attention.memory(rows, length, model.head_weight) for layer in model.layers]
         self.lengths, self.parts, self.table = [0] * rows, {}, []
+        self.ids = torch.zeros(rows, length * bool(model.before), dtype=torch.long,
+                               device=model.head_weight.device)
 
     def rows(self, begin: int, end: int) -> "Cache":
         """Rows begin to end of this cache: the same memory, lengths of their own."""
         if (begin, end) not in self.parts:
             part = self.parts[begin, end] = copy.copy(self)
             part.layers = [{name: x[begin:end] for name, x in memory.items()} for memory in self.layers]
-            part.parts, part.table = {}, []
+            part.parts, part.table, part.ids = {}, [], self.ids[begin:end]
         part = copy.copy(self.parts[begin, end])
         part.lengths = self.lengths[begin:end]
         return part
@@ -2921,15 +2923,17 @@ class LM(nn.Module):
 
     Weights map one to one onto Hugging Face's Qwen3 (with `qk_norm`, no experts). `seq_len` is the longest
     context it was trained for; `yarn` multiplies it at inference. `attention` "nsa" or "window" takes
-    `sparse`: the fields of Cut, for nsa also `compression` (a key of COMPRESSIONS) and `n_memory`. `sizes`
-    rebuilds it: LM(**sizes). Raises BadInput on sizes that do not fit each other.
+    `sparse`: the fields of Cut, for nsa also `compression` (a key of COMPRESSIONS) and `n_memory`. To a
+    token's embedding those of the `n_before` tokens before it are added, from a table for each distance, so
+    that one layer of attention can find where the same tokens stood before (compare the n-grams of arXiv
+    2412.09871). `sizes` rebuilds it: LM(**sizes). Raises BadInput on sizes that do not fit each other.
     """
 
     def __init__(self, vocab_size: int, dim: int, n_layers: int, n_heads: int, n_kv_heads: int,
                  head_dim: int = 0, hidden_dim: int = 0, seq_len: int = 32_768, theta: float = 1e6,
                  yarn: float = 1.0, tied: bool = True, qk_norm: bool = True, dropout: float = 0.0,
                  eps: float = 1e-6, n_experts: int = 0, n_active: int = 2, n_shared: int = 1,
-                 attention: str = "full", sparse: dict | None = None):
+                 attention: str = "full", sparse: dict | None = None, n_before: int = 0):
         super().__init__()
         hidden_dim = hidden_dim or -(-dim * 8 // 3 // 64) * 64               # 8/3 dim, up to a multiple of 64
         self.sizes = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
@@ -2945,6 +2949,7 @@ class LM(nn.Module):
         self.context, self.fused = int(seq_len * yarn), []
         self.rope = rope_table(head_dim, self.context, theta, yarn, seq_len)  # no buffer: stays float32
         self.embedding = nn.Embedding(vocab_size, dim)
+        self.before = nn.ModuleList(nn.Embedding(vocab_size, dim) for _ in range(n_before))
         self.dropout = nn.Dropout(dropout)
 
         if attention not in ("full", "window", "nsa"):
@@ -2998,12 +3003,20 @@ class LM(nn.Module):
             return token_nats(hidden, self.head_weight, targets), (targets != IGNORE).sum(), balance
         return *linear_cross_entropy(hidden, self.head_weight, targets), balance
 
-    def _start(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _start(self, ids: Tensor, positions: Tensor, earlier: Tensor | None = None
+               ) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings and rotary angles of ids (B, T); `earlier` (B, n_before): the ids before them."""
         if ids.shape[1] > self.context:
             raise BadInput(f"{ids.shape[1]} tokens do not fit the model's context of {self.context}")
         if self.rope.device != ids.device:
             self.rope = self.rope.to(ids.device)
-        x, kind = self.embedding(ids), ids.device.type
+        x, kind, (B, T) = self.embedding(ids), ids.device.type, ids.shape
+        if self.before:
+            earlier = ids.new_zeros(B, len(self.before)) if earlier is None else earlier
+            all_ids = torch.cat([earlier, ids], 1)
+            for n, table in enumerate(self.before, 1):
+                shifted = table(all_ids[:, len(self.before) - n:][:, :T])
+                x = x + shifted * (positions >= n)[..., None]       # not across the beginning of a document
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
         return self.dropout(x), *self.rope[:, positions].to(torch.promote_types(x.dtype, torch.float32))
@@ -3030,7 +3043,13 @@ class LM(nn.Module):
             y = self._step(ids.flatten(), cache)
             return y.view(B, T, -1) if each else y.view(B, T, -1)[:, -1]
         columns = torch.tensor(before, device=device)[:, None] + torch.arange(T, device=device)
-        x, cos, sin = self._start(ids, columns.clamp(max=self.context - 1))
+        earlier = None
+        if self.before:
+            rows = torch.arange(B, device=device)[:, None]
+            cache.ids[rows, columns.clamp(max=cache.ids.shape[1] - 1)] = ids
+            earlier = cache.ids[rows, (columns[:, :1] + torch.arange(-len(self.before), 0, device=device)
+                                       ).clamp(min=0)]
+        x, cos, sin = self._start(ids, columns.clamp(max=self.context - 1), earlier)
         real = torch.arange(T, device=device) < torch.tensor(lengths, device=device)[:, None]
         if max(before) == 0 and T > 1:
             sees = Documents(torch.where(real, 0, -1), flex=False)
@@ -3055,7 +3074,7 @@ class LM(nn.Module):
         self.fused, a = [], self.layers[0].attention
         plain = all(type(b.attention) is Attention and type(b.mlp) is SwiGLU and all(
             isinstance(x, FixedLinear) for x in (*b.attention.joined, *b.mlp.joined)) for b in self.layers)
-        if not plain:
+        if not plain or self.before:
             return
         if step_kernels(self.head_weight.dtype, a.n_heads // a.n_kv_heads, a.head_dim) is not None:
             self.eps_qk = getattr(a.norm_q, "eps", 0.0)

@@ -32,6 +32,9 @@ def config_of(sizes):
             f"ATTENTION={s['attention']} has no standard class in transformers; a model with full "
             "attention can be exported"
         )
+    if s.get("n_before"):
+        raise common.BadInput(f"N_BEFORE={s['n_before']}, embeddings of earlier tokens, has no standard "
+                              "class in transformers; a model with N_BEFORE=0 can be exported")
     if s["n_experts"] and s["n_shared"]:
         raise common.BadInput(
             f"N_SHARED={s['n_shared']} shared experts have no exact standard class (Qwen2-MoE gates "

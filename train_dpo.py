@@ -11,6 +11,7 @@ the model that it starts from; that model's log-probabilities are computed once,
 import hashlib
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ INIT = "out/sft"      # folder of the chat model, which is the reference too
 BETA = 0.1            # how dear it is to leave the reference
 AVERAGE = False       # mean log-probability of an answer's tokens instead of their sum
 SFT_WEIGHT = 0.0      # adds so much of the chosen answers' nats a token to the loss
+REHEARSE = 0          # rows of SFT's training part per update; their nats a token are added to the loss
 STEPS = 100           # updates
 BATCH = 16            # pairs per update, over all processes
 MICRO_BATCH = 16      # pairs per forward and process
@@ -57,6 +59,12 @@ EVAL_PAIRS = 200      # held-out pairs a validation reads; 0 = all (the last one
 SAVE_EVERY = 25       # updates; 0 = at the end only
 WANDB = "disabled"    # "offline", "online"
 EVAL = ""             # pairs to score with the best checkpoint in OUT instead of training
+
+
+class Rehearsal(NamedTuple):
+    """Conversations (ids, docs, targets), and the supervised tokens of all that the update rehearses."""
+    batch: tuple
+    tokens: int
 
 
 class Pairs:
@@ -234,6 +242,8 @@ def main():
         return score()
     run = common.start(SEED, DTYPE)
     common.divisible(MICRO_BATCH=(MICRO_BATCH, 1), STEPS=(STEPS, 1), BATCH=(BATCH, run.world))
+    if REHEARSE:
+        common.divisible(REHEARSE=(REHEARSE, run.world))
     common.within(0, math.inf, SEQ_LEN=SEQ_LEN, LR=LR, MUON_LR=MUON_LR, WEIGHT_DECAY=WEIGHT_DECAY, CLIP=CLIP,
                   WARMUP=WARMUP, PATIENCE=PATIENCE, LOG_EVERY=LOG_EVERY, EVAL_EVERY=EVAL_EVERY, BETA=BETA,
                   EVAL_PAIRS=EVAL_PAIRS, SAVE_EVERY=SAVE_EVERY, SFT_WEIGHT=SFT_WEIGHT)
@@ -256,9 +266,13 @@ def main():
             f"{BATCH} and VALID_SHARE {VALID_SHARE}; lower the first, or change the second"
         )
     chats = None
+    if REHEARSE and not SFT:
+        raise common.BadInput(f"REHEARSE={REHEARSE} rows of SFT, but SFT is empty; name its file")
     if SFT:
         prepared = prepare_chats.folder_of(run, SFT, home / "tokenizer.json", seq_len, 0.02)
         chats = prepare_chats.Chats(prepared, "valid", seq_len)
+    if REHEARSE:
+        rehearsed = prepare_chats.Chats(prepared, "train", seq_len, SEED)
 
     model = common.build(init, seq_len=seq_len, dropout=0.0).to(run.device)
     hashed = hashlib.blake2b(digest_size=8)
@@ -269,6 +283,8 @@ def main():
     reference = references(run, model, pairs, seq_len, key)
     optimizers = common.make_optimizers(model, OPTIMIZER, LR, MUON_LR, WEIGHT_DECAY)
     constants, fingerprint = common.literals(globals()), f"{pairs.fingerprint} {hashed.hexdigest()}"
+    if REHEARSE:
+        fingerprint += " " + rehearsed.meta["fingerprint"]
     found = common.resume(run, OUT, constants, RESUME, fingerprint)
     state = found["state"] if found else {"fingerprint": fingerprint, "best": math.inf, "since": 0, "bad": 0}
     first = common.restore(run, found, model, optimizers) if found else 0
@@ -283,6 +299,8 @@ def main():
     watched = []
 
     def loss_of(some):
+        if isinstance(some, Rehearsal):
+            return net(*some.batch)[0] * BATCH / some.tokens, 0       # the update divides by all pairs
         policy, tokens = log_probabilities(run, net, pairs, some, seq_len)
         loss, rewards = preference(policy, reference[torch.from_numpy(some)], tokens)
         gap = (policy - reference[torch.from_numpy(some)]) / tokens
@@ -299,7 +317,13 @@ def main():
         if place + BATCH > len(order):
             order = np.concatenate([order, np.random.default_rng((SEED, epoch + 1)).permutation(train)])
         mine = order[place:place + BATCH].reshape(run.world, -1)[run.rank]
-        return [mine[i:i + MICRO_BATCH] for i in range(0, len(mine), MICRO_BATCH)]
+        parts = [mine[i:i + MICRO_BATCH] for i in range(0, len(mine), MICRO_BATCH)]
+        if mine := REHEARSE // run.world:
+            rows = range(step * REHEARSE, (step + 1) * REHEARSE)
+            tokens = sum(int(mask[1:].sum()) for row in rows for _, mask in rehearsed.documents(row))
+            rows = rows[run.rank * mine:(run.rank + 1) * mine]
+            parts += [Rehearsal(batch, tokens) for batch in rehearsed.batches(rows, min(mine, 8), run.device)]
+        return parts
 
     def validate(step, indices):
         metrics = evaluate(run, model, pairs, indices, reference, seq_len)

@@ -40,6 +40,7 @@ MERGE = True          # write OUT/best.pt, too, the adapter merged
 # Optimization
 STEPS = 100           # updates
 BATCH = 4             # rows per update, over all processes
+REHEARSE = 0          # rows of GENERAL's training part per update besides, so that less of it is forgotten
 MICRO_BATCH = 4       # rows per forward and process
 LR = 5e-4             # peak of AdamW; more learns sooner and forgets more
 WEIGHT_DECAY = 0.0    # of matrices, times the learning rate
@@ -83,6 +84,8 @@ def main():
         return score()
     run = common.start(SEED, DTYPE)
     common.divisible(MICRO_BATCH=(MICRO_BATCH, 1), STEPS=(STEPS, 1), BATCH=(BATCH, run.world))
+    if REHEARSE:
+        common.divisible(REHEARSE=(REHEARSE, run.world))
     common.within(1, 10_000, RANK=RANK)
     common.within(
         0,
@@ -121,9 +124,13 @@ def main():
         run, path, VALID, VALID_SHARE, home / "tokenizer.json", seq_len, SEED
     )
     general = GENERAL or ("" if DATA else str(Path(__file__).parent / "data" / "python_docs" / "sft.jsonl"))
+    if REHEARSE and not general:
+        raise common.BadInput(f"REHEARSE={REHEARSE} rows of GENERAL, but GENERAL is empty; name its file")
     if general:
-        general = prepare_chats.folder_of(run, general, home / "tokenizer.json", seq_len, 0.02)
-        general = prepare_chats.Chats(general, "valid", seq_len)
+        folder = prepare_chats.folder_of(run, general, home / "tokenizer.json", seq_len, 0.02)
+        general = prepare_chats.Chats(folder, "valid", seq_len)
+    if REHEARSE:
+        rehearsed = prepare_chats.Chats(folder, "train", seq_len, SEED)
 
     if BASE_DTYPE not in ("float32", "bfloat16"):
         raise common.BadInput(f"BASE_DTYPE {BASE_DTYPE!r} is neither float32 nor bfloat16")
@@ -136,6 +143,8 @@ def main():
     constants = common.literals(globals())
     fingerprint = f"{train.meta['fingerprint']} {valid.meta['fingerprint']}"
     fingerprint += " " + prepare_text.hash_file(common.newest_checkpoint(INIT))
+    if REHEARSE:
+        fingerprint += " " + rehearsed.meta["fingerprint"]
     found = common.resume(run, OUT, constants, RESUME, fingerprint)
     state = found["state"] if found else {"fingerprint": fingerprint, "best": math.inf, "since": 0, "bad": 0}
     first = common.restore(run, found, model, optimizers) if found else 0
@@ -178,6 +187,9 @@ def main():
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * common.lr_scale(step, STEPS, WARMUP, FLOOR, SCHEDULE)
         batches = list(train.batches(rows, min(share, MICRO_BATCH), run.device))
+        if mine := REHEARSE // run.world:
+            rows = [step * REHEARSE + run.rank * mine + i for i in range(mine)]
+            batches += rehearsed.batches(rows, min(mine, MICRO_BATCH), run.device)
         done = common.update(run, net, optimizers, batches, loss_of, CLIP, step)
 
         step, seen = step + 1, seen + done.count

@@ -39,6 +39,7 @@ N_LAYERS = 6
 N_HEADS = 8           # query heads
 N_KV_HEADS = 4        # key/value heads that the query heads share
 HEAD_DIM = 64         # width of a head
+N_BEFORE = 0          # bytes before each whose embeddings are added to its own: copying takes one layer less
 HIDDEN_DIM = 0        # width inside the MLP; 0 = 8/3 DIM up to a multiple of 64
 THETA = 1e4           # base of the rotary angles
 WINDOW = 64           # bytes of the sliding window
@@ -124,49 +125,55 @@ def windows(data, starts):
     return np.where(index < len(data), data[np.minimum(index, len(data) - 1)].astype(np.int64), -1)
 
 
-def batch_of(rows, device):
-    """(ids, docs, targets) (n, SEQ_LEN) of rows (n, SEQ_LEN + 1)."""
+def batch_of(rows, device, counts=None):
+    """(ids, docs, targets) (n, SEQ_LEN) of rows (n, SEQ_LEN + 1); `counts`: which bytes the loss counts."""
     rows = torch.from_numpy(rows)
-    targets = rows[:, 1:].masked_fill(rows[:, 1:] < 0, common.IGNORE)
+    ignored = rows[:, 1:] < 0 if counts is None else (rows[:, 1:] < 0) | ~torch.from_numpy(counts[:, 1:])
+    targets = rows[:, 1:].masked_fill(ignored, common.IGNORE)
     ids, docs = rows[:, :-1].clamp(min=0), torch.where(rows[:, 1:] < 0, -1, 0)
     return tuple(x.contiguous().to(device, non_blocking=True) for x in (ids, docs, targets))
 
 
 def probes(rng, count):
-    """Rows (count, SEQ_LEN + 1) of random bytes of 200 kinds, many of whose places repeat an earlier stretch:
-    either a copy of 16 bytes, or a needle, `#` with 4 bytes of key and 8 of value. And how far back each
-    byte that can be known lies, negative for needles, 0 where it cannot: beyond a copy's first 4 bytes and a
-    needle's key."""
-    rows, back = rng.integers(56, 256, (count, SEQ_LEN + 1)), np.zeros((count, SEQ_LEN + 1), np.int64)
+    """Rows (count, SEQ_LEN + 1) of random capitals in which stretches of random small letters stand at two
+    places each: 32 letters to copy, or a needle, `#` with 4 letters of key and 8 of value. And how far back
+    each byte that can be known lies, negative for needles, 0 where it cannot: beyond a copy's first 4 letters
+    and a needle's key."""
+    rows = rng.integers(ord("A"), ord("Z") + 1, (count, SEQ_LEN + 1))
+    back = np.zeros(rows.shape, np.int64)
     for row, far in zip(rows, back, strict=True):
         free = np.ones(len(row), bool)
         for _ in range(SEQ_LEN // 32):
-            distance = int(np.exp(rng.uniform(np.log(20), np.log(SEQ_LEN - 20))))
-            at = int(rng.integers(0, SEQ_LEN + 1 - distance - 16))
-            places = slice(at, at + 16), slice(at + distance, at + distance + 16)
             needle = rng.random() < 0.5
+            length, key = (13, 5) if needle else (32, 4)
+            distance = int(np.exp(rng.uniform(np.log(length + 1), np.log(SEQ_LEN - length))))
+            at = int(rng.integers(0, SEQ_LEN + 2 - distance - length))
+            places = slice(at, at + length), slice(at + distance, at + distance + length)
             if not all(free[p].all() for p in places):
                 continue
+            stretch = rng.integers(ord("a"), ord("z") + 1, length)
             if needle:
-                row[at] = ord("#")
+                stretch[0] = ord("#")
             for p in places:
-                free[p] = False
-            row[places[1]] = row[places[0]]
-            known = (5, 13) if needle else (4, 16)
-            far[at + distance + known[0]:at + distance + known[1]] = -distance if needle else distance
+                row[p], free[p] = stretch, False
+            far[at + distance + key:at + distance + length] = -distance if needle else distance
     return rows, back
 
 
 def training_batches(data, step, run):
     """This process's micro-batches of an update: windows that begin anywhere and probes, drawn from (SEED,
-    step)."""
+    step). Of a probe only what can be known counts: the rest would be noise."""
     rng = np.random.default_rng((SEED, step))
     rows = windows(data, rng.integers(0, len(data) - SEQ_LEN, BATCH))
+    counts = np.ones(rows.shape, bool)
     chosen = rng.random(BATCH) < PROBE_SHARE
     if chosen.any():
-        rows[chosen] = probes(rng, int(chosen.sum()))[0]
-    mine = rows[run.rank * (BATCH // run.world):][:BATCH // run.world]
-    return [batch_of(mine[i:i + MICRO_BATCH], run.device) for i in range(0, len(mine), MICRO_BATCH)]
+        rows[chosen], back = probes(rng, int(chosen.sum()))
+        counts[chosen] = back != 0
+    share = BATCH // run.world
+    mine = range(run.rank * share, (run.rank + 1) * share, MICRO_BATCH)
+    ends = (min(i + MICRO_BATCH, (run.rank + 1) * share) for i in mine)
+    return [batch_of(rows[i:end], run.device, counts[i:end]) for i, end in zip(mine, ends, strict=True)]
 
 
 @torch.no_grad()
@@ -175,7 +182,7 @@ def probe(run, model):
     share}}."""
     model.eval()
     rows, back = probes(np.random.default_rng((SEED, 0, 2)), 4 * max(16, 65_536 // SEQ_LEN))
-    edges = 2 ** np.arange(5, SEQ_LEN.bit_length() + 1)
+    edges = 2 ** np.arange(4, SEQ_LEN.bit_length() + 1)
     hits, total = np.zeros((2, 2, len(edges)))
     for i in range(run.rank * MICRO_BATCH, len(rows), run.world * MICRO_BATCH):
         ids, docs, targets = batch_of(rows[i:i + MICRO_BATCH], run.device)
@@ -202,7 +209,7 @@ def plot_probe(found):
     figure, axis = pyplot.subplots(figsize=(6, 3.8))
     for name, by_distance in found.items():
         axis.semilogx([int(d.split("-")[1]) for d in by_distance], by_distance.values(), "o-", label=name)
-    axis.axhline(1 / 200, color="gray", linestyle=":", label="guessing")
+    axis.axhline(1 / 26, color="gray", linestyle=":", label="guessing")
     axis.set(title=f"{ATTENTION} attention, window {WINDOW} × {N_LAYERS} layers", ylim=(0, 1),
              xlabel="bytes back, up to", ylabel="share of bytes right")
     axis.legend()
@@ -246,7 +253,7 @@ def make_model():
     if ATTENTION != "nsa":
         sparse = {"window": WINDOW} if ATTENTION == "window" else None
     return common.LM(256, DIM, N_LAYERS, N_HEADS, N_KV_HEADS, HEAD_DIM, HIDDEN_DIM, SEQ_LEN, THETA,
-                     dropout=DROPOUT, attention=ATTENTION, sparse=sparse)
+                     dropout=DROPOUT, attention=ATTENTION, sparse=sparse, n_before=N_BEFORE)
 
 
 def score():
@@ -283,6 +290,7 @@ def main():
         common.within(1, SEQ_LEN - 1, PRIME_LEN=PRIME_LEN)
     common.divisible(SEQ_LEN=(SEQ_LEN, 64) if PROBE or PROBE_SHARE else (SEQ_LEN, 1))
     common.within(0, 0.99, DROPOUT=DROPOUT)
+    common.within(0, 8, N_BEFORE=N_BEFORE)
     common.within(1, math.inf, THETA=THETA, MAX_BAD_STEPS=MAX_BAD_STEPS)
     data, name = load_bytes(run)
     train, valid, test = split(data, name)

@@ -1,0 +1,146 @@
+"""Find the poems that a chat set asks about, and write what is needed to know them by heart.
+
+    python data/prepare_poems.py DATA=pretrain_poetry.jsonl.gz CHATS=sft_poetry.jsonl.gz
+    python train_pretrain.py INIT=out/poetry DATA=by_heart.jsonl.gz VALID=by_heart.jsonl.gz OUT=out/heart ...
+    python train_sft.py DATA=chats_by_heart.jsonl.gz INIT=out/heart OUT=out/chat ...
+
+A poem is asked about where one question and its answer hold two of its lines, or its title, a line and its
+author; held-out questions do not count. Written are DOCUMENTS, each such poem whole and from some line on
+(who has only read it from its title on cannot go on from a line alone), and QUESTIONS, the chats followed by
+more of their kind, in words that they use themselves: the next line of each line that stands in no other
+poem, and the author. What a held-out question asks is not among them, however it is worded.
+"""
+
+import collections
+import functools
+import gzip
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+from data import prepare_chats, prepare_text, score_poetry
+
+DATA = ""                  # documents {"text"}: 《title》dynasty·author, then the lines
+CHATS = ""                 # conversations, some of which ask about lines and authors
+DOCUMENTS = "by_heart.jsonl.gz"
+QUESTIONS = "chats_by_heart.jsonl.gz"
+VALID_SHARE = 0.02         # as in train_sft.py
+SUFFIXES = 4               # times that a poem is written from some line on
+SEED = 0
+
+RUN = re.compile(r"[^\W_]+")          # a line, without punctuation
+HEAD = re.compile(r"《(.+?)》[^·\n]*·([^\n]+)\n")
+LINE, TITLE = "\0", "\1"              # in the place of a line and a title in a wording
+
+
+def lines_of(text):
+    """Where the lines of three characters or more begin and end in a poem, its heading left out."""
+    head = HEAD.match(text)
+    return [m.span() for m in RUN.finditer(text, head.end() if head else 0) if m.end() - m.start() > 2]
+
+
+def index_of(texts):
+    """{line: number of the only poem that holds it, or -1 where several do}."""
+    where = {}
+    for number, text in enumerate(texts):
+        for begin, end in lines_of(text):
+            if where.setdefault(text[begin:end], number) != number:
+                where[text[begin:end]] = -1
+    return where
+
+
+def read(path):
+    """The poems of a file."""
+    bad = prepare_text.BadRows()
+    texts = [text for text, _ in prepare_text.documents(path, bad)]
+    if not texts:
+        raise common.BadInput(f'{path} has no {{"text"}}')
+    return texts
+
+
+def wordings(texts, where, chats):
+    """Of conversations: (numbers of the poems that they ask about, {"next line" or "author": wordings}, lines
+    in held-out questions)."""
+    known, held = set(), set()
+    found = {"next line": collections.Counter(), "author": collections.Counter()}
+    for turns in chats:
+        question = prepare_chats.first_words(turns)
+        task = score_poetry.task_of(question)
+        if task not in ("next line", "previous line", "next couplet", "author"):
+            continue
+        lines = [line for line in RUN.findall(question) if where.get(line, -1) >= 0]
+        if prepare_text.held_out(question, VALID_SHARE):
+            held.update(lines)
+            continue
+        answer = turns[-1]["content"]
+        for line in lines[:1]:
+            number = where[line]
+            head = HEAD.match(texts[number])
+            if task == "author":
+                if head and head[2] == answer and f"《{head[1]}》" in question:
+                    known.add(number)
+                    found[task][question.replace(f"《{head[1]}》", TITLE).replace(line, LINE)] += 1
+            elif any(where.get(x) == number for x in RUN.findall(answer)):
+                known.add(number)
+                if task == "next line":
+                    found[task][question.replace(line, LINE)] += 1
+    return known, {task: [w for w, n in c.items() if n > 9] for task, c in found.items()}, held
+
+
+def questions(text, where, words, held, rng):
+    """Pairs (question, answer) about one poem."""
+    spans, head = lines_of(text), HEAD.match(text)
+    for (begin, end), (first, last) in zip(spans, spans[1:], strict=False):
+        line = text[begin:end]
+        if where[line] >= 0 and line not in held:
+            stop = text[last:last + 1].strip()
+            yield rng.choice(words["next line"]).replace(LINE, line), text[first:last] + stop
+    if head and spans and (line := text[slice(*spans[0])]) not in held:
+        for wording in rng.sample(words["author"], min(2, len(words["author"]))):
+            yield wording.replace(LINE, line).replace(TITLE, f"《{head[1]}》"), head[2]
+
+
+def main():
+    if not DATA or not CHATS:
+        raise common.BadInput("give DATA=poems.jsonl.gz and CHATS=chats.jsonl.gz")
+    rng, texts = random.Random(SEED), read(DATA)
+    where = index_of(texts)
+    known, words, held = wordings(texts, where, prepare_chats.conversations_of(CHATS))
+    if not all(words.values()):
+        raise common.BadInput(
+            f"{CHATS} has not ten questions alike on next lines and authors of the poems in {DATA}"
+        )
+
+    def documents():
+        for number in sorted(known):
+            text = texts[number]
+            begins = [begin for begin, _ in lines_of(text)[:-1]]
+            yield {"text": text}
+            for _ in range(SUFFIXES if begins else 0):
+                yield {"text": text[rng.choice(begins):]}
+
+    def asked():
+        for turns in prepare_chats.conversations_of(CHATS):
+            yield {"conversations": turns}
+        for number in sorted(known):
+            for question, answer in questions(texts[number], where, words, held, rng):
+                if not prepare_text.held_out(question, VALID_SHARE):
+                    yield {"conversations": [{"role": "user", "content": question},
+                                             {"role": "assistant", "content": answer}]}
+
+    def write(rows, file):
+        with gzip.GzipFile(fileobj=file, mode="wb", mtime=0) as out:
+            for row in rows:
+                out.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+    common.write_whole(Path(DOCUMENTS), functools.partial(write, documents()))
+    common.write_whole(Path(QUESTIONS), functools.partial(write, asked()))
+    print(f"{len(known):,} poems of {DATA} in {DOCUMENTS}; {CHATS} with more of its questions in "
+          f"{QUESTIONS}, in {len(words['next line'])} and {len(words['author'])} wordings")
+
+
+if __name__ == "__main__":
+    common.cli(globals(), main)
