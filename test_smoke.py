@@ -3571,12 +3571,13 @@ def test_poems_that_chats_ask_about_are_written_to_be_known_by_heart(tmp_path, m
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"conversations": [
         {"role": "user", "content": q}, {"role": "assistant", "content": a}]}) + "\n" for q, a in chats))
     for name, file in dict(DATA="poems.jsonl", CHATS="chats.jsonl", DOCUMENTS="heart.jsonl.gz",
-                           QUESTIONS="all.jsonl.gz").items():
+                           QUESTIONS="all.jsonl.gz", FACTS="facts.jsonl.gz").items():
         monkeypatch.setattr(prepare_poems, name, str(tmp_path / file))
     monkeypatch.setattr(prepare_poems, "VALID_SHARE", 0.1)
     prepare_poems.main()
-    heart, rows = ([json.loads(x) for x in gzip.open(tmp_path / name, "rt", encoding="utf-8")]
-                   for name in ("heart.jsonl.gz", "all.jsonl.gz"))
+    heart, rows, facts = ([json.loads(x) for x in gzip.open(tmp_path / name, "rt", encoding="utf-8")]
+                          for name in ("heart.jsonl.gz", "all.jsonl.gz", "facts.jsonl.gz"))
+    assert facts == [r for r in rows if "绝句" not in r["conversations"][0]["content"]] != rows
     heart, rows = [x["text"] for x in heart], [x["conversations"] for x in rows]
     held = {q for q, _ in chats if prepare_text.held_out(q, 0.1)}
     asked = {n for n in range(50) for q, _ in chats[2 * n:2 * n + 2]

@@ -1,14 +1,15 @@
 """Find the poems that a chat set asks about, and write what is needed to know them by heart.
 
     python data/prepare_poems.py DATA=pretrain_poetry.jsonl.gz CHATS=sft_poetry.jsonl.gz
-    python train_pretrain.py INIT=out/poetry DATA=by_heart.jsonl.gz VALID=by_heart.jsonl.gz OUT=out/heart ...
-    python train_sft.py DATA=chats_by_heart.jsonl.gz INIT=out/heart OUT=out/chat ...
+    python train_pretrain.py INIT=out/poetry DATA=by_heart.jsonl.gz VALID=by_heart.jsonl.gz OUT=out/heart
+    python train_sft.py DATA=chats_by_heart.jsonl.gz INIT=out/heart OUT=out/chat
 
 A poem is asked about where one question and its answer hold two of its lines, or its title, a line and its
 author; held-out questions do not count. Written are DOCUMENTS, each such poem whole and from some line on
 (who has only read it from its title on cannot go on from a line alone), and QUESTIONS, the chats followed by
 more of their kind, in words that they use themselves: the next line of each line that stands in no other
-poem, and the author. What a held-out question asks is not among them, however it is worded.
+poem, and the author. FACTS are those of them that ask about lines and authors. What a held-out question asks
+is not among the new ones, however it is worded.
 """
 
 import collections
@@ -28,12 +29,14 @@ DATA = ""                  # documents {"text"}: 《title》dynasty·author, the
 CHATS = ""                 # conversations, some of which ask about lines and authors
 DOCUMENTS = "by_heart.jsonl.gz"
 QUESTIONS = "chats_by_heart.jsonl.gz"
+FACTS = "facts_by_heart.jsonl.gz"
 VALID_SHARE = 0.02         # as in train_sft.py
 SUFFIXES = 4               # times that a poem is written from some line on
 SEED = 0
 
 RUN = re.compile(r"[^\W_]+")          # a line, without punctuation
 HEAD = re.compile(r"《(.+?)》[^·\n]*·([^\n]+)\n")
+ASKS = ("next line", "previous line", "next couplet", "author")      # tasks of score_poetry
 LINE, TITLE = "\0", "\1"              # in the place of a line and a title in a wording
 
 
@@ -70,7 +73,7 @@ def wordings(texts, where, chats):
     for turns in chats:
         question = prepare_chats.first_words(turns)
         task = score_poetry.task_of(question)
-        if task not in ("next line", "previous line", "next couplet", "author"):
+        if task not in ASKS:
             continue
         lines = [line for line in RUN.findall(question) if where.get(line, -1) >= 0]
         if prepare_text.held_out(question, VALID_SHARE):
@@ -137,9 +140,13 @@ def main():
             for row in rows:
                 out.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
     common.write_whole(Path(DOCUMENTS), functools.partial(write, documents()))
-    common.write_whole(Path(QUESTIONS), functools.partial(write, asked()))
+    rows = list(asked())
+    common.write_whole(Path(QUESTIONS), functools.partial(write, rows))
+    facts = [r for r in rows if score_poetry.task_of(prepare_chats.first_words(r["conversations"])) in ASKS]
+    common.write_whole(Path(FACTS), functools.partial(write, facts))
     print(f"{len(known):,} poems of {DATA} in {DOCUMENTS}; {CHATS} with more of its questions in "
-          f"{QUESTIONS}, in {len(words['next line'])} and {len(words['author'])} wordings")
+          f"{QUESTIONS}, in {len(words['next line'])} and {len(words['author'])} wordings; {FACTS}: "
+          f"{len(facts):,} on lines and authors")
 
 
 if __name__ == "__main__":
