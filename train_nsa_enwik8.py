@@ -127,9 +127,8 @@ def windows(data, starts):
 
 def batch_of(rows, device, counts=None):
     """(ids, docs, targets) (n, SEQ_LEN) of rows (n, SEQ_LEN + 1); `counts`: which bytes the loss counts."""
-    rows = torch.from_numpy(rows)
-    ignored = rows[:, 1:] < 0 if counts is None else (rows[:, 1:] < 0) | ~torch.from_numpy(counts[:, 1:])
-    targets = rows[:, 1:].masked_fill(ignored, common.IGNORE)
+    targets = np.where((rows >= 0) if counts is None else (rows >= 0) & counts, rows, common.IGNORE)[:, 1:]
+    rows, targets = torch.from_numpy(rows), torch.from_numpy(targets)
     ids, docs = rows[:, :-1].clamp(min=0), torch.where(rows[:, 1:] < 0, -1, 0)
     return tuple(x.contiguous().to(device, non_blocking=True) for x in (ids, docs, targets))
 
@@ -171,9 +170,9 @@ def training_batches(data, step, run):
         rows[chosen], back = probes(rng, int(chosen.sum()))
         counts[chosen] = back != 0
     share = BATCH // run.world
-    mine = range(run.rank * share, (run.rank + 1) * share, MICRO_BATCH)
-    ends = (min(i + MICRO_BATCH, (run.rank + 1) * share) for i in mine)
-    return [batch_of(rows[i:end], run.device, counts[i:end]) for i, end in zip(mine, ends, strict=True)]
+    rows, counts = (x[run.rank * share:(run.rank + 1) * share] for x in (rows, counts))
+    return [batch_of(rows[i:i + MICRO_BATCH], run.device, counts[i:i + MICRO_BATCH])
+            for i in range(0, share, MICRO_BATCH)]
 
 
 @torch.no_grad()

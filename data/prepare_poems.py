@@ -40,7 +40,7 @@ ASKS = ("next line", "previous line", "next couplet", "author")      # tasks of 
 LINE, TITLE = "\0", "\1"              # in the place of a line and a title in a wording
 
 
-def lines_of(text):
+def spans_of(text):
     """Where the lines of three characters or more begin and end in a poem, its heading left out."""
     head = HEAD.match(text)
     return [m.span() for m in RUN.finditer(text, head.end() if head else 0) if m.end() - m.start() > 2]
@@ -50,7 +50,7 @@ def index_of(texts):
     """{line: number of the only poem that holds it, or -1 where several do}."""
     where = {}
     for number, text in enumerate(texts):
-        for begin, end in lines_of(text):
+        for begin, end in spans_of(text):
             if where.setdefault(text[begin:end], number) != number:
                 where[text[begin:end]] = -1
     return where
@@ -96,7 +96,7 @@ def wordings(texts, where, chats):
 
 def questions(text, where, words, held, rng):
     """Pairs (question, answer) about one poem."""
-    spans, head = lines_of(text), HEAD.match(text)
+    spans, head = spans_of(text), HEAD.match(text)
     for (begin, end), (first, last) in zip(spans, spans[1:], strict=False):
         line = text[begin:end]
         if where[line] >= 0 and line not in held:
@@ -121,7 +121,7 @@ def main():
     def documents():
         for number in sorted(known):
             text = texts[number]
-            begins = [begin for begin, _ in lines_of(text)[:-1]]
+            begins = [begin for begin, _ in spans_of(text)[:-1]]
             yield {"text": text}
             for _ in range(SUFFIXES if begins else 0):
                 yield {"text": text[rng.choice(begins):]}
