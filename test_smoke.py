@@ -3552,7 +3552,46 @@ def test_poems_are_scored_by_their_form_and_wish(tmp_path, monkeypatch):
         {"role": "user", "content": f"{q}{i}"}, {"role": "assistant", "content": r}]}) + "\n"
         for i in range(20) for q, _, r in rows[4:]))
     lines = score_poetry.main()
-    assert 5 < len(lines) < 35 and all(json.loads(x)["task"] in ("next line", "author") for x in lines)
+    assert 5 < len(lines) < 35 and all(x["task"] in ("next line", "author") for x in lines)
+
+
+def test_a_models_own_answers_become_preferences(tmp_path, monkeypatch):
+    right, twice = "春眠不觉晓，处处闻啼鸟。\n夜来风雨声，花落知多少。", "白日依山尽，黄河入海流。\n" * 2
+    short, wish = "白日依山尽。", "写一首含有“花”字的五言绝句。"
+    line = "请接下一句：白日依山尽"
+    asked = {"以《春》为题写一首五言绝句。": (right, [twice, right, right]),       # a line twice: wrong
+             "以《夏》为题写一首五言绝句。": (right, [right, right, right]),       # nothing to learn
+             "以《秋》为题写一首五言绝句。": (right, [short, short, short]),       # the reference is chosen
+             wish: (right, [right.replace("花", "月"), right, right]),
+             line: ("黄河入海流", ["山", "黄河入海流。"])}
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"conversations": [
+        {"role": "user", "content": q}, {"role": "assistant", "content": r}]}) + "\n"
+        for q, (r, _) in asked.items()))
+    for name, value in dict(DATA=str(tmp_path / "chats.jsonl"), OUT=str(tmp_path / "asked.jsonl"), TRAIN=9,
+                            SAMPLES=3, VALID_SHARE=0.0).items():
+        monkeypatch.setattr(score_poetry, name, value)
+    score_poetry.main()
+    rows = [json.loads(x) for x in (tmp_path / "asked.jsonl").read_text().splitlines()]
+    assert len(rows) == 15 and [r["question"] for r in rows[:5]] == [r["question"] for r in rows[5:10]]
+    tries = {q: iter(answers) for q, (_, answers) in asked.items()}
+    rows = [row | {"answer": text} for row in rows if (text := next(tries[row["question"]], None))]
+    prepare_chats.write_rows(tmp_path / "tried.jsonl", rows)
+    monkeypatch.setattr(score_poetry, "ANSWERS", str(tmp_path / "tried.jsonl"))
+    monkeypatch.setattr(score_poetry, "PAIRS", str(tmp_path / "pairs.jsonl.gz"))
+    score_poetry.main()
+    found, bad = {}, prepare_text.BadRows()
+    for row, _ in prepare_chats.rows(tmp_path / "pairs.jsonl.gz", bad, ("chosen", "rejected")):
+        assert row["chosen"][0] == row["rejected"][0]
+        found[row["chosen"][0]["content"]] = row["chosen"][1]["content"], row["rejected"][1]["content"]
+    questions = list(asked)
+    assert found == {questions[0]: (right, twice), questions[2]: (right, short),
+                     wish: (right, right.replace("花", "月")), line: ("黄河入海流。", "山")}
+    monkeypatch.setattr(score_poetry, "ANSWERS", "")
+    monkeypatch.setattr(score_poetry, "ONLY", "keyword,rhyme")
+    with pytest.raises(common.BadInput, match="ONLY names 'rhyme'; there are form, keyword"):
+        score_poetry.main()
+    monkeypatch.setattr(score_poetry, "ONLY", "keyword")
+    assert [row["question"] for row in score_poetry.main()] == [wish]
 
 
 def test_poems_that_chats_ask_about_are_written_to_be_known_by_heart(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ without a supervised token is left out and named. Streams: memory does not grow 
     python data/prepare_chats.py DATA=chats.jsonl.gz TOKENIZER=out/pretrain/tokenizer.json
 """
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -69,6 +70,16 @@ def rows(path, bad, fields=("conversations",)):
         raise common.BadInput(f"{path} is damaged or cut short ({error}); fetch it again") from None
     except OSError as error:
         raise common.BadInput(f"cannot read {path} ({error.strerror or error})") from None
+
+
+def write_rows(path, rows):
+    """Write rows as .jsonl or .jsonl.gz, whole or not at all."""
+    def write(file):
+        with gzip.GzipFile(fileobj=file, mode="wb", mtime=0) if str(path).endswith(".gz") else \
+                contextlib.nullcontext(file) as out:
+            for row in rows:
+                out.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+    common.write_whole(Path(path), write)
 
 
 def first_words(turns):

@@ -13,9 +13,6 @@ is not among the new ones, however it is worded.
 """
 
 import collections
-import functools
-import gzip
-import json
 import random
 import re
 import sys
@@ -135,15 +132,11 @@ def main():
                     yield {"conversations": [{"role": "user", "content": question},
                                              {"role": "assistant", "content": answer}]}
 
-    def write(rows, file):
-        with gzip.GzipFile(fileobj=file, mode="wb", mtime=0) as out:
-            for row in rows:
-                out.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-    common.write_whole(Path(DOCUMENTS), functools.partial(write, documents()))
+    prepare_chats.write_rows(DOCUMENTS, documents())
     rows = list(asked())
-    common.write_whole(Path(QUESTIONS), functools.partial(write, rows))
+    prepare_chats.write_rows(QUESTIONS, rows)
     facts = [r for r in rows if score_poetry.task_of(prepare_chats.first_words(r["conversations"])) in ASKS]
-    common.write_whole(Path(FACTS), functools.partial(write, facts))
+    prepare_chats.write_rows(FACTS, facts)
     print(f"{len(known):,} poems of {DATA} in {DOCUMENTS}; {CHATS} with more of its questions in "
           f"{QUESTIONS}, in {len(words['next line'])} and {len(words['author'])} wordings; {FACTS}: "
           f"{len(facts):,} on lines and authors")

@@ -4,6 +4,12 @@
     python serve.py CHECKPOINT=out/chat PROMPTS=prompts.jsonl ANSWERS=answers.jsonl
     python data/score_poetry.py ANSWERS=answers.jsonl
 
+and preferences from a model's own answers, right ones chosen, wrong ones rejected, for train_dpo.py:
+
+    python data/score_poetry.py DATA=sft_poetry.jsonl.gz TRAIN=3000 SAMPLES=4 OUT=asked.jsonl
+    python serve.py CHECKPOINT=out/chat PROMPTS=asked.jsonl ANSWERS=tried.jsonl TEMPERATURE=0.8
+    python data/score_poetry.py ANSWERS=tried.jsonl PAIRS=pairs.jsonl
+
 Held out are the conversations that train_sft.py holds out, by the same hash. A question's task is told by its
 words: a poem of four or eight lines of five or seven characters ("form"; "keyword" and "acrostic" where it
 must hold a character or begin its lines with given ones), the next or previous line or couplet, the author.
@@ -13,6 +19,8 @@ questions (those of another keyword question would often hold the same character
 
 import collections
 import json
+import math
+import random
 import re
 import sys
 from pathlib import Path
@@ -24,7 +32,12 @@ from data import prepare_chats, prepare_text
 DATA = ""                 # conversations (.jsonl, .jsonl.gz) whose held-out questions are written to OUT
 OUT = "prompts.jsonl"     # questions with `question`, `task` and `reference`, for serve.py
 VALID_SHARE = 0.02        # as in train_sft.py
+TRAIN = 0                 # so many questions that are not held out instead; 0 = all held-out ones
+ONLY = ""                 # "form,keyword": of these tasks alone
+SAMPLES = 1               # times that a question stands in OUT
+SEED = 0                  # of the choice of TRAIN
 ANSWERS = ""              # what serve.py answered
+PAIRS = ""                # where pairs of a right and a wrong answer to the same question go
 
 SHAPES = (
     ("五言绝句|five-character quatrain", 4, 5), ("七言绝句|seven-character quatrain", 4, 7),
@@ -36,6 +49,7 @@ TASKS = (
     ("previous line", "请写出“.*”的前一句|的上一句是什么|上句填空|补全诗句：_"),
     ("author", "的作者是谁|谁写了|Who wrote|这首诗是谁写的|这首词是谁写的"),
 )
+KINDS = ("form", "keyword", "acrostic", *(name for name, _ in TASKS))
 
 
 def shape_of(question):
@@ -77,10 +91,40 @@ def bare(text):
     return re.sub(r"[\W_]+", "", text)
 
 
+def is_right(row):
+    """Whether an answer is what was asked for: a poem's form and wish, with no line twice; else the
+    reference to the letter."""
+    question, answer = row["question"], row["answer"]
+    if row["task"] not in ("form", "keyword", "acrostic"):
+        return bare(answer) == bare(row["reference"])
+    lines = lines_of(answer)
+    return (has_form(question, answer) and len(set(lines)) == len(lines)
+            and (row["task"] == "form" or has_wish(question, answer)))
+
+
+def pairs_of(rows):
+    """Preferences: a question's first right and first wrong answer. Where all are wrong the reference is
+    chosen, where all are right nothing is to be learned. Returns (pairs, {task: [right, answers]})."""
+    asked, counts, pairs = collections.defaultdict(list), {}, []
+    for row in rows:
+        asked[row["question"]].append(row)
+    for question, tries in asked.items():
+        right = [is_right(row) for row in tries]
+        count = counts.setdefault(tries[0]["task"], [0, 0])
+        count[0], count[1] = count[0] + sum(right), count[1] + len(right)
+        if all(right):
+            continue
+        chosen = tries[right.index(True)]["answer"] if any(right) else tries[0]["reference"]
+        turns = [{"role": "user", "content": question}]
+        pairs.append({name: [*turns, {"role": "assistant", "content": text}] for name, text in (
+            ("chosen", chosen), ("rejected", tries[right.index(False)]["answer"]))})
+    return pairs, counts
+
+
 def score(rows):
     """{task: {"n", measure: share, ...}} of rows with question, task, reference, answer."""
     found = {}
-    for task in dict.fromkeys(["form", "keyword", "acrostic", *(name for name, _ in TASKS)]):
+    for task in KINDS:
         mine = [r for r in rows if r["task"] == task]
         if not mine:
             continue
@@ -106,6 +150,15 @@ def score(rows):
     return found
 
 
+def write_pairs(rows):
+    pairs, counts = pairs_of(rows)
+    for task, (right, answers) in counts.items():
+        print(f"{task:14}  {answers:5} answers  right {right / answers:.3f}")
+    prepare_chats.write_rows(PAIRS, pairs)
+    print(f"{PAIRS}: {len(pairs)} pairs")
+    return pairs
+
+
 def main():
     if ANSWERS:
         if not Path(ANSWERS).is_file():
@@ -114,6 +167,8 @@ def main():
             )
         try:
             rows = [json.loads(line) for line in Path(ANSWERS).read_text(encoding="utf-8").splitlines()]
+            if PAIRS:
+                return write_pairs(rows)
             found = score(rows)
         except (ValueError, KeyError, TypeError) as error:
             raise common.BadInput(f"{ANSWERS} is not what serve.py answers to {OUT}: rows of question, task, "
@@ -124,18 +179,25 @@ def main():
         return found
     if not DATA:
         raise common.BadInput("give DATA=chats.jsonl.gz, or ANSWERS=answers.jsonl to score")
-    lines = []
+    common.within(0, math.inf, TRAIN=TRAIN)
+    common.within(1, math.inf, SAMPLES=SAMPLES)
+    asked, wanted = [], ONLY.split(",") if ONLY else KINDS
+    if unknown := [task for task in wanted if task not in KINDS]:
+        raise common.BadInput(f"ONLY names {unknown[0]!r}; there are {', '.join(KINDS)}")
     for turns in prepare_chats.conversations_of(DATA):
         held = prepare_text.held_out(prepare_chats.first_words(turns), VALID_SHARE)
-        if held and len(turns) == 2 and task_of(question := turns[0]["content"]):
-            lines.append(json.dumps({"prompt": question, "messages": turns[:1], "question": question,
-                                     "task": task_of(question), "reference": turns[1]["content"]},
-                                    ensure_ascii=False))
-    if not lines:
-        raise common.BadInput(f"{DATA} holds out no question on poems with VALID_SHARE {VALID_SHARE}")
-    common.write_whole(Path(OUT), lambda file: file.write("".join(x + "\n" for x in lines).encode()))
-    print(f"{OUT}: {len(lines)} questions")
-    return lines
+        if held != bool(TRAIN) and len(turns) == 2 and task_of(question := turns[0]["content"]) in wanted:
+            asked.append({"prompt": question, "messages": turns[:1], "question": question,
+                          "task": task_of(question), "reference": turns[1]["content"]})
+    if not asked:
+        raise common.BadInput(
+            f"{DATA} {'trains on' if TRAIN else 'holds out'} no such question with VALID_SHARE {VALID_SHARE}"
+        )
+    if TRAIN:
+        asked = random.Random(SEED).sample(asked, min(TRAIN, len(asked)))
+    prepare_chats.write_rows(OUT, asked * SAMPLES)
+    print(f"{OUT}: {len(asked)} questions" + f", {SAMPLES} times" * (SAMPLES > 1))
+    return asked
 
 
 if __name__ == "__main__":
