@@ -1943,8 +1943,10 @@ def test_dsa_loss_has_the_gradient_of_finite_differences():
     close(common.DSALoss(0.3)(torch.tensor([2.0]), [perfect]), torch.tensor([2.0]), 1e-6)
 
 
-def test_blocks_are_chosen_and_counted_as_by_hand():
-    module, x, real = dsa(0.2, min_connections=20)
+@pytest.mark.parametrize("judge", ["moments", "keys"])
+def test_blocks_are_chosen_and_counted_as_by_hand(judge, monkeypatch):
+    monkeypatch.setattr(common, "WORKSPACE", 4 * 256 * 3)                   # some heads, some blocks at once
+    module, x, real = dsa(0.2, min_connections=20, judge=judge)
     module.log_temperature.data.copy_(torch.tensor([-1.0, 0.5, 3.0]))
     module.importance.weight.data.mul_(0.1)                                 # so that queries differ
     module.qkv.weight.data.mul_(4)
@@ -1967,6 +1969,13 @@ def test_blocks_are_chosen_and_counted_as_by_hand():
                 mk, vk = moments(k, 8 * j, 8 * j + 8)
                 weight = bias[b, h, 8 * j:8 * j + 8].logsumexp(0)
                 scores[j] = mq @ mk / 2 + (mq.square() @ vk + vq @ mk.square()) / 8 + weight
+            if judge == "keys":
+                shares = torch.zeros(32, dtype=torch.double)
+                for begin in range(32 * i, 32 * i + 32, 8):
+                    if real[b, begin:begin + 8].any():
+                        weights = (moments(q, begin, begin + 8)[0] @ k[b, h].T / 2 + bias[b, h]).softmax(0)
+                        shares += weights.view(32, 8).sum(1) * int(real[b, begin:begin + 8].sum()) / queries
+                scores = shares.log()
             p, kept, keys = scores.softmax(0), [], 0
             for j in scores.argsort(descending=True).tolist():  # 7 of 32, more only for too few keys
                 near = scores.max() - scores[j] <= module.log_temperature[h].exp()
@@ -1982,6 +1991,24 @@ def test_blocks_are_chosen_and_counted_as_by_hand():
         close(found["retained_information"][b].item(), retained, 1e-9)
         close(found["entropy"][b].item(), entropy, 1e-9)
         close(found["sparsity_ratio"][b].item(), 1 - active / (3 * int(real[b].sum()) ** 2), 1e-9)
+
+
+def test_blocks_of_single_hot_keys_are_found_by_keys_and_gradients_still_flow():
+    """A key far from its block's mean: moments of the block do not show it, its own score does."""
+    held = {}
+    for judge in ("moments", "keys"):
+        module, x, real = dsa(0.05, min_connections=8, judge=judge)
+        module.log_temperature.data.fill_(9.0)
+        module.qkv.weight.data.mul_(6)
+        module.importance.weight.data.zero_()
+        real[:] = True
+        q, k, _ = module.qkv(x).view(2, 256, 3, 3, 4).permute(2, 0, 3, 1, 4)
+        chosen, gate, found = module.choose(q, k, torch.zeros(2, 3, 256, dtype=torch.double), real, 32)
+        weights = (q @ k.mT / 2).softmax(-1).view(2, 3, 8, 32, 32, 8).sum((3, 5))
+        held[judge] = float(weights.gather(3, chosen).sum() / weights.sum())
+        gradients = torch.autograd.grad(found["retained_information"].sum(), [x, module.qkv.weight])
+        assert all(g.isfinite().all() and g.abs().max() > 0 for g in gradients)
+    assert held["keys"] > held["moments"] + 0.03, held
 
 
 def test_a_neighbour_of_few_hits_lets_no_more_connections_stay():
@@ -3719,6 +3746,24 @@ def test_what_is_rehearsed_adds_its_nats_and_is_remembered(train_pairs, train_ad
     for script in (train_pairs, lambda **c: train_adapter(**c, GENERAL="")):
         with pytest.raises(common.BadInput, match="REHEARSE=4 rows of (SFT|GENERAL), but"):
             script(REHEARSE=4)
+
+
+def test_more_pairs_are_trained_on_but_never_validated_on(preferences, tokenizer, tmp_path, train_pairs):
+    lines = preferences.read_text().splitlines(True)
+    (tmp_path / "more.jsonl").write_text("".join(lines[::2]).replace("repeat", "say") + "".join(lines[1::2]))
+    alone, both = (train_dpo.Pairs(preferences, tokenizer, 129, more)
+                   for more in ("", str(tmp_path / "more.jsonl")))
+    (train, valid), (train_both, valid_both) = alone.split(0.2), both.split(0.2)
+    assert valid.tolist() == valid_both.tolist() and train_both[:len(train)].tolist() == train.tolist()
+    added = train_both[len(train):] - 200
+    assert 130 < len(added) < 190 and not set(valid) & {2 * i - 199 for i in added if i >= 100}
+    assert alone.fingerprint != both.fingerprint
+    start = [train_pairs(MORE=more, STEPS=1, OUT=str(tmp_path / f"run{len(more)}"))["pairs"] for more in
+             ("", str(tmp_path / "more.jsonl"))]
+    assert start[0] == start[1] == len(valid)
+    (tmp_path / "none.jsonl").write_text("")
+    with pytest.raises(common.BadInput, match="none.jsonl has no usable pair"):
+        train_dpo.Pairs(preferences, tokenizer, 129, str(tmp_path / "none.jsonl"))
 
 
 def test_preference_loss_and_gradients_equal_the_plain_formula(preferences, tokenizer, monkeypatch):

@@ -5,6 +5,7 @@ the model that it starts from; that model's log-probabilities are computed once,
 
     python train_dpo.py                                            after train_sft.py: Python's documentation
     python train_dpo.py DATA=pairs.jsonl.gz INIT=out/chat OUT=out/aligned
+    python train_dpo.py DATA=pairs.jsonl.gz MORE=own.jsonl ...     besides, pairs of the model's own answers
     python train_dpo.py EVAL=unseen.jsonl.gz OUT=out/aligned       accuracy, margin, nats of chosen answers
 """
 
@@ -22,7 +23,8 @@ from data import prepare_chats, prepare_python_docs, prepare_text
 
 # Data
 DATA = ""             # .jsonl(.gz) of {"chosen": [turns], "rejected": [turns]}; "" = Python's documentation
-VALID_SHARE = 0.05    # share of the pairs held out, by a hash of the first question
+MORE = ""             # a second file of pairs to train on, without those whose question DATA would hold out
+VALID_SHARE = 0.05    # share of DATA's pairs held out, by a hash of the first question
 SFT = ""              # conversations whose loss is watched: what did alignment cost? "" = none
 SEQ_LEN = 0           # tokens a row; 0 = the checkpoint's context
 
@@ -68,15 +70,21 @@ class Rehearsal(NamedTuple):
 
 
 class Pairs:
-    """Tokens and masks of the pairs of a file: `pairs[i]` is ((ids, mask) chosen, (ids, mask) rejected)."""
+    """Tokens and masks of the pairs of a file, then of `more`: `pairs[i]` is ((ids, mask) chosen, (ids, mask)
+    rejected)."""
 
-    def __init__(self, path, tokenizer, room):
-        self.bad, self.pairs, self.held, digest = (
-            prepare_text.BadRows(),
-            [],
-            [],
-            hashlib.blake2b(digest_size=8),
-        )
+    def __init__(self, path, tokenizer, room, more=""):
+        self.bad, self.pairs, self.held = prepare_text.BadRows(), [], []
+        self.digest = hashlib.blake2b(digest_size=8)
+        self.read(path, tokenizer, room)
+        self.own = len(self.pairs)
+        if more:
+            self.read(more, tokenizer, room)
+        self.bad.report()
+        self.fingerprint = self.digest.hexdigest()
+
+    def read(self, path, tokenizer, room):
+        before = len(self.pairs)
         for row, where in prepare_chats.rows(path, self.bad, ("chosen", "rejected")):
             try:
                 chosen, rejected = row["chosen"], row["rejected"]
@@ -104,20 +112,18 @@ class Pairs:
                 self.bad.add(where, f"longer than SEQ_LEN {room - 1}")
                 continue
             for ids, mask in both:
-                digest.update(ids.tobytes() + mask.tobytes())
+                self.digest.update(ids.tobytes() + mask.tobytes())
             self.pairs.append(both)
             self.held.append(prepare_chats.first_words(chosen))
-        self.bad.report()
-        self.fingerprint = digest.hexdigest()
-        if not self.pairs:
+        if len(self.pairs) == before:
             raise common.BadInput(
                 f"{path} has no usable pair; first problem: {(self.bad.named or ['none'])[0]}"
             )
 
     def split(self, share):
-        """Indices of training and held-out pairs."""
+        """Indices of training pairs, and of the file's held-out ones."""
         held = np.array([prepare_text.held_out(words, share) for words in self.held])
-        return np.flatnonzero(~held), np.flatnonzero(held)
+        return np.flatnonzero(~held), np.flatnonzero(held[:self.own])
 
     def batch(self, indices, seq_len, device):
         """((ids, docs, targets) rows of the answers packed whole; places (n, 2) of the pairs' answers among
@@ -258,7 +264,7 @@ def main():
             run, "dpo.jsonl", "answers about Python's own documentation, right and spoilt; "
             "for your pairs: DATA=pairs.jsonl.gz"
         )
-    pairs = Pairs(path, tokenizer, seq_len + 1)
+    pairs = Pairs(path, tokenizer, seq_len + 1, MORE)
     train, valid = pairs.split(VALID_SHARE)
     if len(train) < BATCH or not len(valid):
         raise common.BadInput(

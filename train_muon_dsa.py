@@ -49,6 +49,8 @@ FRAME = "canonical"   # each event turned so that its first light is at +z; "det
 DENSITY = (0.10, 0.05)  # share of the connections that may stay, first and last update: half a cosine
 READ = 1_000          # of SEQ_LEN hits the transformer reads so many, evenly by time; the refinement all
 MIN_CONNECTIONS = 16  # keys that every query has at least
+LEAF = 16             # hits of a block, about; 64 choose together. flex_attention wants 16 at least
+JUDGE = "moments"     # of blocks: their means and variances; "keys": nearer the attention, 20% slower
 REFINE = 4            # Gauss-Newton steps on the learned likelihood; 0 = the first answer is the answer
 MIXTURE = 3           # Gaussians of a hit's time
 HIT_DIM = 64          # width of the network that gives them
@@ -195,9 +197,10 @@ def frames(x, real):
 class Layer(nn.Module):
     """Attention and MLP with residuals, norms before ("pre") or behind ("post") them."""
 
-    def __init__(self, dim, n_heads, hidden_dim, norm, min_connections):
+    def __init__(self, dim, n_heads, hidden_dim, norm, min_connections, leaf, judge):
         super().__init__()
-        self.attention = common.DynamicSparseAttention(dim, n_heads, min_connections=min_connections)
+        self.attention = common.DynamicSparseAttention(dim, n_heads, min_connections=min_connections,
+                                                       query_blocks=max(1, 64 // leaf), judge=judge)
         self.inner, self.outer = nn.Linear(dim, hidden_dim), nn.Linear(hidden_dim, dim)
         self.norm_attn, self.norm_mlp = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.pre = norm == "pre"
@@ -271,17 +274,17 @@ class MuonNet(nn.Module):
     def __init__(self, task="regression", n_outputs=6, dim=48, n_layers=2, n_heads=6, hidden_dim=192,
                  norm="pre", readout="learned", output="points", frame="canonical", min_connections=16,
                  dense=False, context=16, hit_dim=48, n_mixture=3, seq_len=2_000, read=1_000, n_modes=4,
-                 refine=4):
+                 refine=4, leaf=16, judge="moments"):
         super().__init__()
         self.sizes = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.task, self.readout, self.output, self.frame, self.dense = task, readout, output, frame, dense
         self.every = max(1, seq_len // read)
-        self.blocks = 1 << max(0, round(math.log2(seq_len / self.every / 16)))      # of about 16 hits
+        self.blocks = 1 << max(0, round(math.log2(seq_len / self.every / leaf)))
         self.register_buffer("mean", torch.zeros(self.n_features))
         self.register_buffer("scale", torch.ones(self.n_features))
         self.register_buffer("index_spread", torch.tensor(0.0))  # prior of the group index; 0: nominal
         self.input = nn.Linear(self.n_features, dim)
-        self.layers = nn.ModuleList(Layer(dim, n_heads, hidden_dim, norm, min_connections)
+        self.layers = nn.ModuleList(Layer(dim, n_heads, hidden_dim, norm, min_connections, leaf, judge)
                                     for _ in range(n_layers))
         self.norm = nn.LayerNorm(dim)
         self.n_pools = 4
@@ -445,7 +448,7 @@ def make_model():
                  n_layers=N_LAYERS, n_heads=N_HEADS, hidden_dim=HIDDEN_DIM, norm=NORM, readout=READOUT,
                  output=OUTPUT, frame=FRAME, min_connections=MIN_CONNECTIONS, dense=ATTENTION == "dense",
                  context=CONTEXT, hit_dim=HIT_DIM, n_mixture=MIXTURE, seq_len=SEQ_LEN, read=READ,
-                 n_modes=MODES, refine=REFINE)
+                 n_modes=MODES, refine=REFINE, leaf=LEAF, judge=JUDGE)
     if PRESET == "seed":                                 # but for what the command line gives
         old = dict(dim=48, n_layers=4, n_heads=6, hidden_dim=192, norm="post")
         sizes |= {k: v for k, v in old.items() if k.upper() not in globals().get("_given", ())}
@@ -739,6 +742,7 @@ def check_constants(run):
         N_LAYERS=(N_LAYERS, 1),
         MIXTURE=(MIXTURE, 1),
         EVENTS=(EVENTS, 1),
+        LEAF=(LEAF, 1),
     )
     common.within(10, math.inf, SEQ_LEN=SEQ_LEN, READ=READ)
     common.within(
@@ -773,6 +777,7 @@ def check_constants(run):
         raise common.BadInput(f"DENSITY {DENSITY} must be two shares above 0, at most 1")
     for name, value, allowed in (("TASK", TASK, ("regression", "classification", "binary_classification")),
                                  ("ATTENTION", ATTENTION, ("dsa", "dense")), ("NORM", NORM, ("pre", "post")),
+                                 ("JUDGE", JUDGE, ("moments", "keys")),
                                  ("PRESET", PRESET, ("", "seed")), ("READOUT", READOUT, ("learned", "last")),
                                  ("OUTPUT", OUTPUT, ("points", "raw", "direction")),
                                  ("FRAME", FRAME, ("canonical", "detector"))):
