@@ -826,6 +826,9 @@ def nsa():
     for dtype in (torch.float32, torch.bfloat16):
         for T in lengths:
             rows += module_rows(run, T, dtype)
+        if 16_384 <= LONGEST < 65_536:
+            peak = peak_of(module_work(run, common.NativeSparseAttention, 65_536, dtype)) / 2**20
+            rows.append(row(f"module forward+backward 1×65536 {str(dtype)[6:]} peak", None, peak, "MiB"))
     rows += [decode_row(run, T, dtype) for dtype in (torch.float32, torch.bfloat16) for T in lengths]
     rows += step_rows(run)
     plot_lengths(rows)
@@ -833,24 +836,26 @@ def nsa():
     return rows
 
 
-def module_rows(run, T, dtype):
-    """The whole module (dim 512) with its projections and compression, forward+backward."""
-    B, rope = 4 if T == 512 else 1, common.rope_table(64, T).to(run.device)
+def module_work(run, kind, T, dtype):
+    """Forward and backward of a whole module (dim 512) with its projections; of 4 rows of 512, else 1."""
+    torch.manual_seed(0)
+    B, rope, module = 4 if T == 512 else 1, common.rope_table(64, T).to(run.device), kind(512, 8, 4, 64)
     documents = common.Documents(torch.zeros(B, T, dtype=torch.long, device=run.device))
-    x = torch.randn(B, T, 512, device=run.device).requires_grad_()
+    x, module = torch.randn(B, T, 512, device=run.device).requires_grad_(), module.to(run.device)
 
-    def work_of(kind):
-        torch.manual_seed(0)
-        module = kind(512, 8, 4, 64).to(run.device)
+    def work():
+        with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = module(x, rope[0][documents.positions], rope[1][documents.positions], documents)
+        y.float().square().sum().backward()
+        module.zero_grad()
+        x.grad = None
+    return work
 
-        def work():
-            with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                y = module(x, rope[0][documents.positions], rope[1][documents.positions], documents)
-            y.float().square().sum().backward()
-            module.zero_grad()
-            x.grad = None
-        return work
-    works = [work_of(kind) for kind in (PlainAttention, common.NativeSparseAttention)]
+
+def module_rows(run, T, dtype):
+    """The module with compression against full attention."""
+    B = 4 if T == 512 else 1
+    works = [module_work(run, kind, T, dtype) for kind in (PlainAttention, common.NativeSparseAttention)]
     base, mine = seconds_of(T, as_shipped(works[0]), works[1])
     name = f"module forward+backward {B}×{T} {str(dtype)[6:]}"
     memory = [peak_of(work) / 2**20 for work in works]
@@ -859,8 +864,8 @@ def module_rows(run, T, dtype):
 
 
 def step_rows(run):
-    """A training step of train_nsa_enwik8.py's default model, 4 × 512 bytes: nsa and window against full, this
-    repo's kernel and scaled_dot_product_attention."""
+    """A training step of train_nsa_enwik8.py's default model, 4 × 512 bytes: nsa and window against full,
+    which is this repo's or scaled_dot_product_attention."""
     batch, works = full_rows(ROWS, 256), []
     for kind in ("full", "sdpa", "nsa", "window"):
         torch.manual_seed(0)
@@ -874,8 +879,8 @@ def step_rows(run):
     full, sdpa, sparse, window = fastest(REPEAT, *works)
     name = f"training step {ROWS}×{LENGTH} {str(run.dtype)[6:]}"
     return [row(f"{name}, {kind}", base * 1e3, seconds * 1e3, "ms", base / seconds)
-            for kind, base, seconds in (("nsa", full, sparse), ("nsa against torch's attention", sdpa, sparse),
-                                        ("window", full, window))]
+            for kind, base, seconds in (("nsa", full, sparse), ("window", full, window),
+                                        ("nsa against torch's attention", sdpa, sparse))]
 
 
 def decode_row(run, T, dtype):
