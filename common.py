@@ -2599,12 +2599,12 @@ class DynamicSparseAttention(nn.Module):
 
     Importance of a block of keys: attention × learned importance, without the (P, P) scores. A key's learned
     importance e^a, a linear in the hit, is part of its weight, too; a block's attention is that of its mean
-    and variances (second cumulant of the scores), which judge "keys" instead of "moments" corrects to the
-    attention of the means of the quarters of a query block to every key; gradients still go through the
-    estimate. Of the ⌈density × N⌉ blocks of largest importance those stay that are within a factor
-    e^temperature of the largest; temperature (H,) is learned, through gates that are hard forward and
-    sigmoids backward (straight-through, arXiv 1308.3432), renormalised over what stays. The same in training
-    and inference; x is in place_order. density 1 and a large temperature: dense attention.
+    and variances (second cumulant of the scores). Of the ⌈density × N⌉ blocks of largest importance (judge
+    "keys": of largest attention of the means of the quarters of a query block to every key, which single hot
+    keys cannot escape) those stay that are within a factor e^temperature of the largest; temperature (H,) is
+    learned, through gates that are hard forward and sigmoids backward (straight-through, arXiv 1308.3432),
+    renormalised over what stays. The same in training and inference; x is in place_order. density 1 and a
+    large temperature: dense attention.
     """
 
     def __init__(self, dim: int, n_heads: int, head_dim: int = 0, min_connections: int = 16,
@@ -2651,21 +2651,22 @@ class DynamicSparseAttention(nn.Module):
         right = torch.cat([mean_k, var_k, mean_k.square()], -1)
         weight = bias.to(wide).view(B, H, N, -1).logsumexp(-1)                          # of all its keys
         scores = left @ right.mT + weight[:, :, None]
-        if self.judge == "keys":
-            exact = block_shares(q, k, bias, real, NI, N).clamp(min=1e-30).log()
-            scores = scores + torch.where(scores.isinf(), 0, exact - scores).detach()
         scores = torch.where(real.any(1)[:, None, None, None], scores, torch.zeros_like(scores))
         logs = scores.log_softmax(-1)                                                   # (B, H, NI, N)
+        ranks = logs.detach()
+        if self.judge == "keys":
+            ranks = block_shares(q, k, bias, real, NI, N) + 1e-20 * ranks.exp()
 
         K = most = min(N, math.ceil(float(self.density) * N - 1e-4))       # 0.1 in float32 is more than 0.1
         enough = real.sum(1).clamp(max=self.min_connections)[:, None, None, None]
         while True:
-            top, chosen = logs.topk(K, -1)
+            chosen = ranks.topk(K, -1).indices
             sizes = n_k[:, None, None].expand(B, H, NI, N).gather(3, chosen)
             before = sizes.cumsum(-1) - sizes  # keys of better blocks
             if K == N or bool((before[..., -1:] + sizes[..., -1:] >= enough).all()):
                 break
             K = min(N, 2 * K)  # blocks of few real hits
+        top = logs.gather(3, chosen)
         above = top - top[..., :1].detach() + self.log_temperature.exp()[:, None, None]
         within = (above >= 0) & (torch.arange(K, device=q.device) < most)
         hard = (within | (before < enough)) & (top > -math.inf)

@@ -1969,17 +1969,17 @@ def test_blocks_are_chosen_and_counted_as_by_hand(judge, monkeypatch):
                 mk, vk = moments(k, 8 * j, 8 * j + 8)
                 weight = bias[b, h, 8 * j:8 * j + 8].logsumexp(0)
                 scores[j] = mq @ mk / 2 + (mq.square() @ vk + vq @ mk.square()) / 8 + weight
+            ranks, p, kept, keys = scores, scores.softmax(0), [], 0
             if judge == "keys":
-                shares = torch.zeros(32, dtype=torch.double)
+                ranks = torch.zeros(32, dtype=torch.double)
                 for begin in range(32 * i, 32 * i + 32, 8):
                     if real[b, begin:begin + 8].any():
                         weights = (moments(q, begin, begin + 8)[0] @ k[b, h].T / 2 + bias[b, h]).softmax(0)
-                        shares += weights.view(32, 8).sum(1) * int(real[b, begin:begin + 8].sum()) / queries
-                scores = shares.log()
-            p, kept, keys = scores.softmax(0), [], 0
-            for j in scores.argsort(descending=True).tolist():  # 7 of 32, more only for too few keys
-                near = scores.max() - scores[j] <= module.log_temperature[h].exp()
-                if scores[j] > -math.inf and (keys < 20 or near and len(kept) < 7):
+                        ranks += weights.view(32, 8).sum(1) * int(real[b, begin:begin + 8].sum()) / queries
+            order = ranks.argsort(descending=True).tolist()
+            for n, j in enumerate(order):  # 7 of 32, more only for too few keys
+                near = scores[order[0]] - scores[j] <= module.log_temperature[h].exp()
+                if scores[j] > -math.inf and (keys < 20 or near and n < 7):
                     kept.append(j)
                     keys += int(real[b, 8 * j:8 * j + 8].sum())
             assert sorted(chosen[b, h, i][gate[b, h, i] > -math.inf].tolist()) == sorted(kept)
