@@ -1066,9 +1066,9 @@ def dsa():
         ordered = F.pad(x, (0, 0, 0, 1))[torch.arange(B, device=run.device)[:, None], index].requires_grad_()
         real, x = index < T, x.requires_grad_()
 
-        def layer(kind, density=0.1, x=x, real=real, N=N):
+        def layer(kind, density=0.1, x=x, real=real, N=N, **changes):
             torch.manual_seed(0)
-            module = kind(48, 6, density=density).to(run.device)
+            module = kind(48, 6, density=density, **changes).to(run.device)
             parts = [x, *(p for n, p in module.named_parameters() if n not in ("log_temperature",) and (
                 kind is common.DynamicSparseAttention or not n.startswith("importance")))]
 
@@ -1082,9 +1082,11 @@ def dsa():
                     base, mine = fastest(2, as_shipped(dense[0]), ours[0])
                 rows.append(row(f"forward {name}, dense", base * 1e3, mine * 1e3, "ms", base / mine))
                 continue
-            works = [backward_of(*w) for w in (dense, ours)]
-            base, mine = seconds_of(T, as_shipped(works[0]), works[1])
+            keys = layer(common.DynamicSparseAttention, density, ordered, judge="keys")
+            *works, keys = [backward_of(*w) for w in (dense, ours, keys)]
+            base, mine, judged = seconds_of(T, as_shipped(works[0]), works[1], keys)
             rows.append(row(f"forward+backward {name}, dense", base * 1e3, mine * 1e3, "ms", base / mine))
+            rows.append(row(f"… {name}, judged by keys", base * 1e3, judged * 1e3, "ms", base / judged))
             base, = seconds_of(T, works[0])
             rows.append(row(f"forward+backward {name}, dense by oneDNN", base * 1e3, mine * 1e3, "ms",
                             base / mine))
