@@ -4164,6 +4164,8 @@ def test_an_adapter_learns_and_is_served(train_adapter, base, tmp_path, monkeypa
     assert found["general_nats_per_answer_token"] < found["general_before_nats_per_answer_token"]
     whole = sum(w.numel() for w in weights(base, "best.pt").values())
     assert found["trained_parameters"] < found["parameters"] == whole
+    assert found["full_memory_mib"] == pytest.approx(16 * whole / 2**20)
+    assert found["memory_mib"] == pytest.approx((4 * whole + 16 * found["trained_parameters"]) / 2**20)
     questions = tmp_path / "q.jsonl"
     questions.write_text('{"messages": [{"role": "user", "content": "5: say hat blue"}]}\n')
     answers = []

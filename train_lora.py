@@ -154,11 +154,14 @@ def main():
     record = common.Record(run, OUT, STEPS, first, WANDB, constants, state)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in model.parameters()) - trained
+    held = sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in model.parameters())
+    memory = {"memory_mib": held / 2**20, "full_memory_mib": whole * 16 / 2**20}
     about = train.meta["train"]
     record.show(
-        f"{trained:,} of {whole:,} parameters ({trained / whole:.1%}) in {len(names)} layers of {home}; "
-        f"{about['conversations']:,} conversations, {about['supervised']:,} supervised "
-        f"tokens in {train.count} rows; {run.world} × {run.device} {str(run.dtype)[6:]}; {OUT}"
+        f"{trained:,} of {whole:,} parameters ({trained / whole:.1%}) in {len(names)} layers of {home}, "
+        f"{memory['memory_mib']:.0f} MiB with gradients and Adam's state, {memory['full_memory_mib']:.0f} "
+        f"if all were trained; {about['conversations']:,} conversations, "
+        f"{about['supervised']:,} supervised tokens in {train.count} rows; {run.world} × {run.device} {str(run.dtype)[6:]}; {OUT}"
     )
 
     def loss_of(batch):
@@ -230,7 +233,7 @@ def main():
     if EXACT_ROWS:
         asked = prepare_chats.conversations_of(valid.folder / "valid.jsonl", EXACT_ROWS)
         metrics |= common.exact_match(run, judged, tokenizer, asked, EXACT_TOKENS)
-    metrics |= {"trained_parameters": trained, "parameters": whole}
+    metrics |= {"trained_parameters": trained, "parameters": whole} | memory
     record.log(step, **metrics, final=True)
     if MERGE:
         common.save_best(run, OUT, step, common.merge_lora(judged), metrics)
