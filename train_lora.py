@@ -161,7 +161,8 @@ def main():
         f"{trained:,} of {whole:,} parameters ({trained / whole:.1%}) in {len(names)} layers of {home}, "
         f"{memory['memory_mib']:.0f} MiB with gradients and Adam's state, {memory['full_memory_mib']:.0f} "
         f"if all were trained; {about['conversations']:,} conversations, "
-        f"{about['supervised']:,} supervised tokens in {train.count} rows; {run.world} × {run.device} {str(run.dtype)[6:]}; {OUT}"
+        f"{about['supervised']:,} supervised tokens in {train.count} rows; {run.world} × {run.device} "
+        f"{str(run.dtype)[6:]}; {OUT}"
     )
 
     def loss_of(batch):
