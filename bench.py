@@ -1119,9 +1119,10 @@ def network_rows(run):
         base, mine = (cpu_seconds(work) / len(x) * 1e3 for work in works)
     rows.append(row("an event: fit, network", base, mine, "CPU ms", base / mine))
     if best.exists():
-        for number, (held, ideal) in enumerate(mass_held(model, x)):
+        for number, (held, best, ideal) in enumerate(mass_held(model, x)):
             rows.append(row(f"layer {number}: attention of the best keys, of ours", ideal, held, "share",
                             held / ideal))
+            rows.append(row(f"layer {number}: …, of the best blocks", ideal, best, "share", best / ideal))
     return rows
 
 
@@ -1138,8 +1139,8 @@ def cpu_seconds(work):
 
 @torch.no_grad()
 def mass_held(model, x):
-    """For each layer (share of the attention that the chosen blocks hold, share that as many keys, the best
-    for each query, would hold)."""
+    """For each layer (share of the attention that the chosen blocks hold, that as many blocks, the best for
+    their queries, would hold, that as many keys, the best for each query, would hold)."""
     inputs, found = [], []
     hooks = [layer.attention.register_forward_hook(lambda m, i, o: inputs.append((m, i)))
              for layer in model.layers]
@@ -1152,7 +1153,7 @@ def mass_held(model, x):
         bias = module.importance(h).transpose(1, 2).masked_fill(~real[:, None], -math.inf)
         chosen, gate, _ = module.choose(q, k, bias, real, N)
         NI = chosen.shape[2]
-        held = ideal = 0.0
+        held = blocks = ideal = 0.0
         for b in range(B):
             weights = (q[b] @ k[b].mT / math.sqrt(q.shape[-1]) + bias[b, :, None]).softmax(-1)    # (H, P, P)
             kept = torch.zeros(*chosen[b].shape[:2], N, dtype=torch.bool, device=x.device)
@@ -1160,10 +1161,14 @@ def mass_held(model, x):
             keys = kept.repeat_interleave(P // NI, 1).repeat_interleave(P // N, 2) & real[b]
             seen = real[b].float()
             held += float(((weights * keys).sum(-1) * seen).sum() / seen.sum() / len(weights))
+            shared = (weights * seen[:, None]).view(len(weights), NI, P // NI, N, P // N).sum((2, 4))
+            order = shared.sort(-1, descending=True).values.cumsum(-1)
+            best = order.gather(-1, kept.sum(-1, keepdim=True) - 1)
+            blocks += float(best.sum() / seen.sum() / len(weights))
             order = weights.sort(-1, descending=True).values.cumsum(-1)
             best = order.gather(-1, keys.sum(-1, keepdim=True).clamp(min=1) - 1)[..., 0]
             ideal += float((best * seen).sum() / seen.sum() / len(weights))
-        found.append((held / B, ideal / B))
+        found.append((held / B, blocks / B, ideal / B))
     return found
 
 
