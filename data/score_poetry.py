@@ -150,8 +150,7 @@ def score(rows):
     return found
 
 
-def write_pairs(rows):
-    pairs, counts = pairs_of(rows)
+def write_pairs(pairs, counts):
     for task, (right, answers) in counts.items():
         print(f"{task:14}  {answers:5} answers  right {right / answers:.3f}")
     prepare_chats.write_rows(PAIRS, pairs)
@@ -167,12 +166,12 @@ def main():
             )
         try:
             rows = [json.loads(line) for line in Path(ANSWERS).read_text(encoding="utf-8").splitlines()]
-            if PAIRS:
-                return write_pairs(rows)
-            found = score(rows)
+            found = pairs_of(rows) if PAIRS else score(rows)
         except (ValueError, KeyError, TypeError) as error:
             raise common.BadInput(f"{ANSWERS} is not what serve.py answers to {OUT}: rows of question, task, "
                                   f"reference, answer ({type(error).__name__}: {error})") from None
+        if PAIRS:
+            return write_pairs(*found)
         for task, values in found.items():
             print(f"{task:14}" + "".join(f"  {k} {v:.3f}" if isinstance(v, float) else f"  {v:5} questions"
                                          for k, v in values.items()))
