@@ -1122,10 +1122,11 @@ def network_rows(run):
         base, mine = (cpu_seconds(work) / len(x) * 1e3 for work in works)
     rows.append(row("an event: fit, network", base, mine, "CPU ms", base / mine))
     if best.exists():
-        for number, (held, best, ideal) in enumerate(mass_held(model, x)):
+        for number, (held, shared, ideal) in enumerate(mass_held(model, x)):
             rows.append(row(f"layer {number}: attention of the best keys, of ours", ideal, held, "share",
                             held / ideal))
-            rows.append(row(f"layer {number}: …, of the best blocks", ideal, best, "share", best / ideal))
+            rows.append(row(f"layer {number}: …, of the best blocks", ideal, shared, "share",
+                            shared / ideal))
     return rows
 
 

@@ -84,7 +84,7 @@ class Pairs:
         self.fingerprint = self.digest.hexdigest()
 
     def read(self, path, tokenizer, room):
-        before = len(self.pairs)
+        before, named = len(self.pairs), len(self.bad.named)
         for row, where in prepare_chats.rows(path, self.bad, ("chosen", "rejected")):
             try:
                 chosen, rejected = row["chosen"], row["rejected"]
@@ -117,7 +117,7 @@ class Pairs:
             self.held.append(prepare_chats.first_words(chosen))
         if len(self.pairs) == before:
             raise common.BadInput(
-                f"{path} has no usable pair; first problem: {(self.bad.named or ['none'])[0]}"
+                f"{path} has no usable pair; first problem: {(self.bad.named[named:] or ['none'])[0]}"
             )
 
     def split(self, share):
