@@ -1193,13 +1193,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     return scores.masked_fill(~keep, -math.inf).softmax(-1) @ v
 
 
-def causal_keep(docs: Tensor) -> Tensor:
-    """keep (B, 1, T, T) for documents ids (B, T): a token sees itself and what came before it in its own
-    document."""
-    same = docs[:, :, None] == docs[:, None, :]
-    return same.tril()[:, None]
-
-
 LENGTHS = [
     32,
     64,
@@ -1220,52 +1213,86 @@ class Documents:
     """Which token may see which, built once a batch and shared by all layers: causal, within one document.
 
     docs (B, T): equal neighbours are one document, -1 is padding (sees nothing, gets zeros). `positions` (B,
-    T) count from each document's start. On a CPU documents of like length are attended together (`groups`),
-    so that cost and memory follow the documents' lengths, not T²; on CUDA `block_mask` is flex_attention's.
+    T) count from each document's start. `shared` (B, T): a document goes on after so many first tokens of the
+    last one before it that has 0 here, as two answers do that share their question: it sees them, and its
+    positions follow theirs. On a CPU documents of like length are attended together (`groups`), so that cost
+    and memory follow the documents' lengths, not T²; on CUDA `block_mask` is flex_attention's.
     """
 
-    def __init__(self, docs: Tensor, flex: bool = True):
+    def __init__(self, docs: Tensor, shared: Tensor | None = None, flex: bool = True):
         B, T = docs.shape
-        self.shape, self.docs = (B, T), docs
+        self.shape, self.docs, self.shared = (B, T), docs, shared
         change = torch.ones_like(docs, dtype=torch.bool)
         change[:, 1:] = docs[:, 1:] != docs[:, :-1]
         column = torch.arange(T, device=docs.device).expand(B, T)
         self.positions = column - torch.where(change, column, 0).cummax(1).values
+        if shared is not None:
+            self.positions += shared
+            self.trunk = torch.where(change & (shared == 0), column, 0).cummax(1).values
         self.flex = flex
         self.whole = bool((column == self.positions).all())  # a document a row
         self.change = change
+
+    def sees(self, b: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """Whether the token at column t of row b sees the one at column s."""
+        own = (self.docs[b, t] == self.docs[b, s]) & (t >= s)
+        if self.shared is None:
+            return own
+        return own | (s >= self.trunk[b, t]) & (s < self.trunk[b, t] + self.shared[b, t])
+
+    def keep(self) -> Tensor:
+        """The same for all: (B, 1, T, T)."""
+        rows, columns = (torch.arange(n, device=self.docs.device) for n in self.shape)
+        return self.sees(rows[:, None, None], columns[:, None], columns)[:, None]
 
     @functools.cached_property
     def block_mask(self):
         """flex_attention's mask, compiled for a shape (so not for prompts); None without `flex`."""
         if not self.flex or self.docs.device.type != "cuda":
             return None
-        (B, T), docs = self.shape, self.docs
-
-        def keep(b, h, t, s):
-            return (docs[b, t] == docs[b, s]) & (t >= s)
-        return _flex()[1](keep, B, None, T, T, device=docs.device)
+        B, T = self.shape
+        return _flex()[1](lambda b, h, t, s: self.sees(b, t, s), B, None, T, T, device=self.docs.device)
 
     @functools.cached_property
     def groups(self) -> list[tuple[int, Tensor, Tensor | None]]:
-        """(length L, flat index (N L) of tokens, mask (N, 1, 1, L, 1) of real ones or None) of each group."""
+        """(length L, flat index (N L) of tokens, mask (N, 1, 1, L, 1) of its own ones or None) of each group:
+        neither what fills up a row nor a document's copy of what it shares is its own."""
         docs, change = (x.cpu().numpy().ravel() for x in (self.docs, self.change))
         starts = np.flatnonzero(change)
         lengths = np.diff(np.append(starts, len(docs)))
-        starts, lengths = starts[docs[starts] >= 0], lengths[docs[starts] >= 0]
+        copied, trunks = np.zeros_like(starts), starts
+        if self.shared is not None:
+            copied, trunks = (x.cpu().numpy().ravel()[starts] for x in (self.shared, self.trunk))
+            trunks = starts // self.shape[1] * self.shape[1] + trunks
+        real = docs[starts] >= 0
+        starts, lengths, copied, trunks = (x[real, None] for x in (starts, lengths, copied, trunks))
         groups, back, slots, device = [], np.full(len(docs), -1), 0, self.docs.device
-        padded = np.array([_padded(n) for n in lengths])
+        padded, copies = np.array([_padded(n) for n in (lengths + copied)[:, 0]]), []
         for L in np.unique(padded):
-            first, length = starts[padded == L, None], lengths[padded == L, None]
-            inside = np.arange(L) < length                                      # (N, L)
-            index = np.where(inside, first + np.arange(L), first)
-            back[index[inside]] = slots + np.flatnonzero(inside.ravel())
-            gaps = None if inside.all() else torch.from_numpy(inside[:, None, None, :, None]).to(device)
-            groups.append((int(L), torch.from_numpy(index.ravel()).to(device), gaps))
-            slots += inside.size
+            start, length, before, trunk = (x[padded == L] for x in (starts, lengths, copied, trunks))
+            place = np.arange(L) - before                                      # (N, L) in the document itself
+            own = (place >= 0) & (place < length)
+            index = np.where(own, start + place, np.where(place < 0, trunk + np.arange(L), start))
+            back[index[own]] = slots + np.flatnonzero(own.ravel())
+            copy = np.flatnonzero((place < 0).ravel())
+            copies.append((index.ravel()[copy], slots + copy))
+            mask = None if own.all() else torch.from_numpy(own[:, None, None, :, None]).to(device)
+            groups.append((int(L), torch.from_numpy(index.ravel()).to(device), mask))
+            slots += own.size
         back[back < 0] = slots  # padding reads the zero row at the end
         self.back, self.slots = torch.from_numpy(back).to(device), slots
+        self.copies = None
+        if self.shared is not None and copies:
+            self.copies = [torch.from_numpy(np.concatenate(x)).to(device) for x in zip(*copies, strict=True)]
         return groups
+
+    def ungrouped(self, slots: Tensor, add: bool = False) -> Tensor:
+        """Rows (B T, F) of the groups' slots (slots + 1, F), the last one zero; `add`: what copies of shared
+        tokens hold is added to theirs, as gradients are."""
+        rows = slots.index_select(0, self.back)
+        if add and self.copies:
+            rows.index_add_(0, self.copies[0], slots.index_select(0, self.copies[1]))
+        return rows
 
 
 @torch.compiler.disable
@@ -1279,7 +1306,7 @@ def attend_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> T
         return _GroupedAttention.apply(q, k, v, documents)
     if documents.block_mask is not None:
         return _flex()[0](q, k, v, block_mask=documents.block_mask, enable_gqa=True)
-    return F.scaled_dot_product_attention(q, k, v, causal_keep(documents.docs), enable_gqa=True)
+    return F.scaled_dot_product_attention(q, k, v, documents.keep(), enable_gqa=True)
 
 
 def _flex() -> tuple[Callable, Callable]:
@@ -1328,12 +1355,13 @@ class _GroupedAttention(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v = ctx.saved_tensors
         grads = []
-        for L, index, inside in ctx.documents.groups:
+        for L, index, own in ctx.documents.groups:
             parts = [_gather(x, index, L, k.shape[1]) for x in (q, k, v, grad)]
-            if inside is not None:
-                parts[3].mul_(inside)
+            if own is not None:
+                parts[3].mul_(own)
             grads.append(_attend_blocks_backward(*parts))
-        dq, dk, dv = (_scatter([g[i] for g in grads], ctx.documents, x) for i, x in enumerate((q, k, v)))
+        dq, dk, dv = (_scatter([g[i] for g in grads], ctx.documents, x, add=True)
+                      for i, x in enumerate((q, k, v)))
         return dq, dk, dv, None
 
 
@@ -1344,7 +1372,7 @@ def _gather(x: Tensor, index: Tensor, L: int, G: int) -> Tensor:
     return rows.view(-1, L, G, H // G, E).permute(0, 2, 3, 1, 4).contiguous()
 
 
-def _scatter(parts: Sequence[Tensor], documents: Documents, like: Tensor) -> Tensor:
+def _scatter(parts: Sequence[Tensor], documents: Documents, like: Tensor, add: bool = False) -> Tensor:
     """The inverse: parts (N, G, R, L, E) of every group → (B, H, T, E); padding gets zeros."""
     H, E = like.shape[1], like.shape[3]
     slots, at = like.new_empty(documents.slots + 1, H * E), 0
@@ -1354,11 +1382,12 @@ def _scatter(parts: Sequence[Tensor], documents: Documents, like: Tensor) -> Ten
         slots[at:at + N * L].view(N, L, G, R, E).copy_(part.permute(0, 3, 1, 2, 4))
         at += N * L
     B, T = documents.shape
-    return slots.index_select(0, documents.back).view(B, T, H, E).transpose(1, 2)
+    return documents.ungrouped(slots, add).view(B, T, H, E).transpose(1, 2)
 
 
 class _Regroup(torch.autograd.Function):
-    """x (B, T, F) → (N, L, F) of every group of documents; what fills up a row gives no gradient."""
+    """x (B, T, F) → (N, L, F) of every group of documents; what fills up a row gives no gradient, what stands
+    in several documents that of all."""
 
     @staticmethod
     def forward(ctx, x, documents):
@@ -1367,7 +1396,7 @@ class _Regroup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        return _ungroup(grads, ctx.documents), None
+        return _ungroup(grads, ctx.documents, add=True), None
 
 
 class _Ungroup(torch.autograd.Function):
@@ -1381,15 +1410,15 @@ class _Ungroup(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         rows, grads = grad.reshape(-1, grad.shape[-1]), []
-        for L, index, gaps in ctx.documents.groups:
+        for L, index, own in ctx.documents.groups:
             part = rows.index_select(0, index).view(-1, L, grad.shape[-1])
-            grads.append(part if gaps is None else part * gaps.view(-1, L, 1))
+            grads.append(part if own is None else part * own.view(-1, L, 1))
         return None, *grads
 
 
-def _ungroup(parts: Sequence[Tensor], documents: Documents) -> Tensor:
-    rows = torch.cat([*(p.flatten(0, 1) for p in parts), parts[0].new_zeros(1, parts[0].shape[-1])])
-    return rows.index_select(0, documents.back).view(*documents.shape, -1)
+def _ungroup(parts: Sequence[Tensor], documents: Documents, add: bool = False) -> Tensor:
+    slots = torch.cat([*(p.flatten(0, 1) for p in parts), parts[0].new_zeros(1, parts[0].shape[-1])])
+    return documents.ungrouped(slots, add).view(*documents.shape, -1)
 
 
 @torch.compiler.disable
@@ -3024,11 +3053,11 @@ class LM(nn.Module):
         """(V, D): logits are hidden @ head_weight.T."""
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def forward(self, ids: Tensor, docs: Tensor, targets: Tensor,
-                each: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, ids: Tensor, docs: Tensor, targets: Tensor, each: bool = False,
+                shared: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Training: ids, docs, targets (B, T) → cross-entropy sum in nats (`each`: of each token, (B, T)),
-        count, balance sum."""
-        hidden, balance = self.hidden(ids, docs)
+        count, balance sum. `shared` as Documents has it."""
+        hidden, balance = self.hidden(ids, docs, shared)
         if each:
             return token_nats(hidden, self.head_weight, targets), (targets != IGNORE).sum(), balance
         return *linear_cross_entropy(hidden, self.head_weight, targets), balance
@@ -3051,10 +3080,13 @@ class LM(nn.Module):
             x = x.to(torch.get_autocast_dtype(kind))
         return self.dropout(x), *self.rope[:, positions].to(torch.promote_types(x.dtype, torch.float32))
 
-    def hidden(self, ids: Tensor, docs: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def hidden(self, ids: Tensor, docs: Tensor | None = None,
+               shared: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """ids (B, T), docs (B, T) or None for one document a row → normalised hidden states (B, T, D),
-        balance."""
-        documents = Documents(torch.zeros_like(ids) if docs is None else docs)
+        balance. `shared` as Documents has it, where there are no n_before."""
+        if shared is not None and self.before:
+            raise ValueError("embeddings of the tokens before do not reach back into a shared beginning")
+        documents = Documents(torch.zeros_like(ids) if docs is None else docs, shared)
         x, cos, sin = self._start(ids, documents.positions)
         balances = []
         for layer in self.layers:
@@ -3174,17 +3206,14 @@ class Classic(nn.Module):
 
     forward = LM.forward
 
-    def hidden(self, ids: Tensor, docs: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def hidden(self, ids: Tensor, docs: Tensor | None = None,
+               shared: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As LM.hidden; the balance is zero."""
         if ids.shape[1] > self.context:
             raise BadInput(f"{ids.shape[1]} tokens do not fit the model's context of {self.context}")
-        docs = torch.zeros_like(ids) if docs is None else docs
-        start = torch.ones_like(docs, dtype=torch.bool)
-        start[:, 1:] = docs[:, 1:] != docs[:, :-1]
-        column = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        positions = column - torch.where(start, column, 0).cummax(1).values
-        x = self.embedding(ids) * math.sqrt(self.embedding.embedding_dim) + self.sinusoid[positions]
-        keep = causal_keep(docs).expand(-1, self.n_heads, -1, -1).flatten(0, 1)
+        documents = Documents(torch.zeros_like(ids) if docs is None else docs, shared)
+        x = self.embedding(ids) * math.sqrt(self.embedding.embedding_dim) + self.sinusoid[documents.positions]
+        keep = documents.keep().expand(-1, self.n_heads, -1, -1).flatten(0, 1)
         return self.layers(self.dropout(x), mask=~keep), x.new_zeros(())
 
 

@@ -445,13 +445,75 @@ def test_document_attention_equals_its_twin_with_gradients(B, T):
     q, k, v = (torch.randn(B, h, T, 8, dtype=torch.float64, requires_grad=True) for h in (6, 2, 2))
     real = (docs >= 0)[:, None, :, None]
     weight = torch.randn(B, 6, T, 8).double() * real
-    fast = common.attend_documents(q, k, v, common.Documents(docs))
-    slow = common.attend(q, k, v, common.causal_keep(docs))
+    documents = common.Documents(docs)
+    fast, slow = common.attend_documents(q, k, v, documents), common.attend(q, k, v, documents.keep())
     close(fast * real, slow * real)
     assert not fast.masked_select(~real).any()                          # padding gets zeros
     for a, b in zip(torch.autograd.grad((fast * weight).sum(), (q, k, v)),
                     torch.autograd.grad((slow * weight).sum(), (q, k, v)), strict=True):
         close(a, b, 1e-11)
+
+
+def branches(T):
+    """(docs, shared, keep) (3, T): documents of which some go on after the first tokens of one before; keep
+    as its definition says, pair by pair."""
+    rng = np.random.default_rng(T)
+    docs, shared = torch.full((3, T), -1), torch.zeros(3, T, dtype=torch.long)
+    keep = torch.zeros(3, 1, T, T, dtype=torch.bool)
+    for b in range(3):
+        at, n = 0, 0
+        while at < T - 2 * b:
+            trunk = (at, min(T, at + int(rng.integers(1, T // 2))))
+            for i in range(1 + int(rng.integers(3))):
+                begin, end = trunk if i == 0 else (at, min(T, at + int(rng.integers(1, 9))))
+                if begin < end:
+                    seen = int(rng.integers(trunk[1] - trunk[0] + 1)) if i else 0
+                    docs[b, begin:end], shared[b, begin:end] = n, seen
+                    for t in range(begin, end):
+                        keep[b, 0, t, begin:t + 1] = keep[b, 0, t, trunk[0]:trunk[0] + seen] = True
+                    at, n = end, n + 1
+    return docs, shared, keep
+
+
+@pytest.mark.parametrize("T", [6, 40, 301])
+def test_documents_that_share_their_beginning_equal_their_twin_with_gradients(T):
+    docs, shared, keep = branches(T)
+    documents, real = common.Documents(docs, shared), (docs >= 0)[:, None, :, None]
+    assert torch.equal(documents.keep() & real, keep) and bool((shared > 0).any())
+    q, k, v = (torch.randn(3, h, T, 8, dtype=torch.float64, requires_grad=True) for h in (6, 2, 2))
+    weight = torch.randn(3, 6, T, 8).double() * real
+    fast, slow = common.attend_documents(q, k, v, documents), common.attend(q, k, v, keep | ~real)
+    close(fast, slow * real)
+    for a, b in zip(torch.autograd.grad((fast * weight).sum(), (q, k, v)),
+                    torch.autograd.grad((slow * weight).sum(), (q, k, v)), strict=True):
+        close(a, b, 1e-11)
+
+
+@pytest.mark.parametrize("model", ["lm", "moe", "window", "nsa", "classic"])
+def test_a_shared_beginning_is_computed_once_and_means_the_same(model):
+    """Two answers to a question, the question twice or once: the same states and gradients."""
+    cut = dict(window=8, compress_block=4, compress_stride=4, select_block=4)
+    changes = {"lm": {}, "moe": dict(n_experts=4), "window": dict(attention="window", sparse=dict(window=8)),
+               "nsa": dict(attention="nsa", sparse=cut)}
+    if model == "classic":
+        net = common.Classic(300, 32, 2, 4, 64, 128).double().eval()
+    else:
+        net = tiny_lm(**changes[model]).eval()
+    ids = torch.randint(3, 300, (1, 70))
+    question, one, two = ids[:, :37], ids[:, 37:50], ids[:, 50:]
+    docs, wide = ((torch.arange(n) >= 50).long()[None] for n in (70, 107))
+    twice = net.hidden(torch.cat([question, one, question, two], 1), wide)[0]
+    once = net.hidden(ids, docs, docs * 37)[0]
+    wanted = torch.cat([twice[:, :50], twice[:, 87:]], 1)
+    close(once, wanted, 1e-9)
+    weight = torch.randn(70, once.shape[-1]).double()
+    grads = [torch.autograd.grad((x * weight).sum(), list(net.parameters()), allow_unused=True,
+                                 materialize_grads=True) for x in (once, wanted)]
+    assert sum(float(x.abs().sum()) > 0 for x in grads[0]) >= len(grads[0]) - 1        # not a head of its own
+    for a, b in zip(*grads, strict=True):
+        close(a, b, 1e-8)
+    with pytest.raises(ValueError, match="shared beginning"):
+        tiny_lm(n_before=1).hidden(ids, docs, docs * 37)
 
 
 def test_grouped_heads_equal_repeated_heads():
@@ -3766,6 +3828,31 @@ def test_more_pairs_are_trained_on_but_never_validated_on(preferences, tokenizer
         train_dpo.Pairs(preferences, tokenizer, 129, str(tmp_path / "none.jsonl"))
 
 
+def test_a_question_stands_once_where_both_answers_fit_its_row(preferences, tokenizer):
+    pairs, some = train_dpo.Pairs(preferences, tokenizer, 129), np.arange(12)
+    lengths = np.array([[len(ids) - 1 for ids, _ in pairs.pairs[i]] for i in some])
+    shared = np.array([train_dpo.in_common(*pairs.pairs[i]) for i in some])
+    asked = [mask.argmax() for mask in (pairs.pairs[i][0][1] for i in some)]
+    assert shared.tolist() == [n - 1 for n in asked]
+    for room, share in ((128, True), (lengths.sum(1).max() - shared.min(), True), (lengths.max(), True),
+                        (128, False)):
+        (ids, docs, targets, branch), place = pairs.batch(some, int(room), "cpu", share)
+        fits = shared * (lengths.sum(1) - shared <= room) * share
+        assert int((docs >= 0).sum()) == int((lengths.sum(1) - fits).sum()) and docs.shape[1] == room
+        found = [(row[targets[r] != common.IGNORE]) for r, row in enumerate(ids)]
+        assert sum(map(len, found)) == sum(mask[1:].sum() for i in some for _, mask in pairs.pairs[i])
+        first = [(ids[r, docs[r] == d], branch[r, docs[r] == d]) for r in range(len(ids))
+                 for d in range(int(docs[r].max()) + 1)]
+        for n, i in enumerate(some):
+            for side in (0, 1):
+                own, after = first[place[n, side]]
+                assert after.unique().tolist() == [fits[n] * side]
+                assert own.tolist() == pairs.pairs[i][side][0][fits[n] * side:-1].tolist()
+    spoilt = [x.copy() for x in pairs.pairs[0][1]]
+    spoilt[0][3] += 1                                         # should the questions' tokens ever differ
+    assert train_dpo.in_common(pairs.pairs[0][0], spoilt) == 2
+
+
 def test_preference_loss_and_gradients_equal_the_plain_formula(preferences, tokenizer, monkeypatch):
     """One answer at a time, log-softmax over the whole vocabulary, the formula as in TRL: -logsigmoid(beta ×
     ((chosen - reference chosen) - (rejected - reference rejected)))."""
@@ -4393,12 +4480,16 @@ def test_bench_lists_itself():
 # On a GPU only.
 
 @gpu
-def test_flex_attention_equals_the_twin_with_gradients():
-    docs = random_documents(2, 256, 30).cuda()
-    q, k, v = (torch.randn(2, h, 256, 64, device="cuda", requires_grad=True) for h in (8, 2, 2))
+@pytest.mark.parametrize("share", [False, True])
+def test_flex_attention_equals_the_twin_with_gradients(share):
+    docs, shared, keep = (x.cuda() for x in branches(256))
+    if not share:
+        docs, shared = random_documents(3, 256, 30).cuda(), None
+        keep = (docs[:, None, :, None] == docs[:, None, None]).tril()
+    q, k, v = (torch.randn(3, h, 256, 64, device="cuda", requires_grad=True) for h in (8, 2, 2))
     real = (docs >= 0)[:, None, :, None]
-    fast = common.attend_documents(q, k, v, common.Documents(docs)) * real
-    slow = common.attend(q, k, v, common.causal_keep(docs)) * real
+    fast = common.attend_documents(q, k, v, common.Documents(docs, shared)) * real
+    slow = common.attend(q, k, v, keep | ~real) * real
     close(fast, slow, 2e-3)
     for a, b in zip(
         torch.autograd.grad(fast.square().sum(), (q, k, v)),

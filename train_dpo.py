@@ -125,15 +125,35 @@ class Pairs:
         held = np.array([prepare_text.held_out(words, share) for words in self.held])
         return np.flatnonzero(~held), np.flatnonzero(held[:self.own])
 
-    def batch(self, indices, seq_len, device):
-        """((ids, docs, targets) rows of the answers packed whole; places (n, 2) of the pairs' answers among
-        the documents, counted row by row) of some pairs."""
-        documents = [self.pairs[i][side] for i in indices for side in (0, 1)]
-        order, bounds = common.pack(np.array([len(ids) - 1 for ids, _ in documents]), seq_len)
-        rows = [[documents[d] for d in order[a:b]] for a, b in zip(bounds, bounds[1:], strict=False)]
-        place = np.empty(len(order), np.int64)
-        place[order] = np.arange(len(order))
-        return tuple(x.to(device) for x in common.collate(rows, seq_len)), torch.from_numpy(place).view(-1, 2)
+    def batch(self, indices, seq_len, device, share=True):
+        """((ids, docs, targets, shared) rows of the answers packed whole; places (n, 2) of the pairs' answers
+        among the documents, counted row by row) of some pairs. With `share` a question that fits a row with
+        both its answers stands there once."""
+        units = []                                          # documents that share a row: (ids, mask, shared)
+        for chosen, rejected in (self.pairs[i] for i in indices):
+            n = in_common(chosen, rejected) if share else 0
+            if n and len(chosen[0]) + len(rejected[0]) - n - 2 <= seq_len:
+                units.append([(*chosen, 0), (*(x[n:] for x in rejected), n)])
+            else:
+                units += [[(*chosen, 0)], [(*rejected, 0)]]
+        order, bounds = common.pack(np.array([sum(len(d[0]) - 1 for d in unit) for unit in units]), seq_len)
+        rows = [[d for u in order[a:b] for d in units[u]] for a, b in zip(bounds, bounds[1:], strict=False)]
+        ids, docs, targets = common.collate([[d[:2] for d in row] for row in rows], seq_len)
+        shared = torch.stack([torch.tensor([d[2] for d in row] + [0])[part] for row, part in
+                              zip(rows, docs, strict=True)])                                  # padding: 0
+        first = np.cumsum([0, *map(len, units)])
+        packed = np.concatenate([np.arange(first[u], first[u + 1]) for u in order])
+        batch = tuple(x.to(device) for x in (ids, docs, targets, shared))
+        return batch, torch.from_numpy(np.argsort(packed)).view(-1, 2)
+
+
+def in_common(chosen, rejected):
+    """How many first tokens both answers' documents (ids, mask) need only once: all of the question but the
+    last, which in both predicts what differs."""
+    (a, mask), (b, other) = chosen, rejected
+    n = min(mask.argmax(), other.argmax())
+    differs = np.flatnonzero(a[:n] != b[:n])
+    return max(0, int(differs[0] if len(differs) else n) - 1)
 
 
 def last_answer(ids, mask):
@@ -158,9 +178,9 @@ def answers(nats, docs, targets):
 
 def log_probabilities(run, net, pairs, indices, seq_len):
     """(log-probabilities (n, 2) of the answers chosen and rejected, their tokens (n, 2))."""
-    batch, place = pairs.batch(indices, seq_len, run.device)
-    nats, _, _ = net(*batch, True)
-    total, tokens = answers(nats, *batch[1:])
+    (ids, docs, targets, shared), place = pairs.batch(indices, seq_len, run.device)
+    nats, _, _ = net(ids, docs, targets, True, shared)
+    total, tokens = answers(nats, docs, targets)
     return total[place], tokens[place]
 
 
