@@ -3731,6 +3731,35 @@ def test_poems_that_chats_ask_about_are_written_to_be_known_by_heart(tmp_path, m
         prepare_poems.main()
 
 
+def test_more_wishes_are_asked_in_the_chats_words_and_answered_by_poems_not_held_out(monkeypatch):
+    rng = np.random.default_rng(1)
+    lines = [["".join(rng.choice([chr(0x4e00 + i) for i in range(3000)], 5)) for _ in range(4 + 4 * (i % 2))]
+             for i in range(80)]
+    poems = ["".join(x + mark for x, mark in zip(p, "，。" * 4, strict=False)) for p in lines]
+    texts = [f"《题》唐·李\n{p}" for p in poems] + ["《词》宋·柳\n长短句。\n不齐也不问。"]
+    starts = ["".join(x[0] for x in p) for p in lines]
+    chats = [(f"写一首五言绝句，首字依次是“{starts[i]}”。", poems[i]) for i in range(0, 20, 2)]
+    chats += [(f"写一首含有“{poems[i][2]}”字的五言律诗。", poems[i]) for i in range(1, 20, 2)]
+    chats += [("藏头诗五言绝句：请以“甲乙丙丁”起句。", poems[22]), ("写一首五言绝句。", poems[24])]
+    monkeypatch.setattr(prepare_poems, "VALID_SHARE", 0.3)
+    held = [a for q, a in chats if prepare_text.held_out(q, 0.3)]
+    assert 3 < len(held) < 12
+    turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in chats]
+    found = prepare_poems.wish_wordings(turns)
+    for many, counts in ((20, (10, 10)), (1000, None)):
+        monkeypatch.setattr(prepare_poems, "N_WISHES", many)
+        rows = [[t["content"] for t in row["conversations"]]
+                for row in prepare_poems.wishes(texts, *found, prepare_poems.random.Random(0))]
+        kinds = [score_poetry.task_of(q) for q, _ in rows]
+        assert not counts or (kinds.count("acrostic"), kinds.count("keyword")) == counts
+        assert len({a for _, a in rows}) == len(rows) and {a for _, a in rows} <= set(poems) - set(held)
+        for question, poem in rows:
+            assert score_poetry.has_form(question, poem) and score_poetry.has_wish(question, poem)
+            assert not prepare_text.held_out(question, 0.3) and "甲" not in question
+            assert question.startswith(("写一首五言绝句，首字依次是“", "写一首含有“"))
+    assert len(rows) > 40
+
+
 # Preferences.
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,9 @@ A poem is asked about where one question and its answer hold two of its lines, o
 author; held-out questions do not count. Written are DOCUMENTS, each such poem whole and from some line on
 (who has only read it from its title on cannot go on from a line alone), and QUESTIONS, the chats followed by
 more of their kind, in words that they use themselves: the next line of each line that stands in no other
-poem, and the author. FACTS are those of them that ask about lines and authors. What a held-out question asks
-is not among the new ones, however it is worded.
+poem, and the author. FACTS are those of them that ask about lines and authors. WISHES ask for poems that hold
+a character or begin their lines with given ones, in the chats' words, too, and N_WISHES poems of DATA answer.
+What a held-out question asks is not among the new ones, however it is worded.
 """
 
 import collections
@@ -27,6 +28,8 @@ CHATS = ""                 # conversations, some of which ask about lines and au
 DOCUMENTS = "by_heart.jsonl.gz"
 QUESTIONS = "chats_by_heart.jsonl.gz"
 FACTS = "facts_by_heart.jsonl.gz"
+WISHES = "wishes.jsonl.gz"
+N_WISHES = 24_000
 VALID_SHARE = 0.02         # as in train_sft.py
 SUFFIXES = 4               # times that a poem is written from some line on
 SEED = 0
@@ -34,7 +37,7 @@ SEED = 0
 RUN = re.compile(r"[^\W_]+")          # a line, without punctuation
 HEAD = re.compile(r"《(.+?)》[^·\n]*·([^\n]+)\n")
 ASKS = ("next line", "previous line", "next couplet", "author")      # tasks of score_poetry
-LINE, TITLE = "\0", "\1"              # in the place of a line and a title in a wording
+LINE, TITLE, WISH = "\0", "\1", "\2"  # in the place of a line, a title, the wished characters in a wording
 
 
 def spans_of(text):
@@ -104,6 +107,47 @@ def questions(text, where, words, held, rng):
             yield wording.replace(LINE, line).replace(TITLE, f"《{head[1]}》"), head[2]
 
 
+def wish_wordings(chats):
+    """({(lines, characters a line): {"keyword" or "acrostic": wordings}}, lines in held-out answers)."""
+    found, held = collections.defaultdict(lambda: collections.defaultdict(set)), set()
+    for turns in chats:
+        question, answer = prepare_chats.first_words(turns), turns[-1]["content"]
+        task = score_poetry.task_of(question)
+        if prepare_text.held_out(question, VALID_SHARE):
+            held.update(score_poetry.lines_of(answer))
+        elif task in ("keyword", "acrostic"):
+            for wish in wishes_of(task, answer):
+                if f"“{wish}”" in question:
+                    found[score_poetry.shape_of(question)][task].add(question.replace(wish, WISH))
+    return found, held
+
+
+def wishes_of(task, poem):
+    """What a poem can answer: a character of its own, or its lines' first ones."""
+    lines = score_poetry.lines_of(poem)
+    return list(dict.fromkeys("".join(lines))) if task == "keyword" else ["".join(x[0] for x in lines)]
+
+
+def wishes(texts, found, held, rng):
+    """N_WISHES conversations, as many of either kind, or as many as there are poems of those forms that no
+    held-out answer holds."""
+    left = {"acrostic": N_WISHES // 2, "keyword": N_WISHES - N_WISHES // 2}
+    for number in rng.sample(range(len(texts)), len(texts)):
+        head = HEAD.match(texts[number])
+        poem = texts[number][head.end() if head else 0:].strip()
+        lines = score_poetry.lines_of(poem)
+        words = found.get((len(lines), len(lines[0]))) if lines and len({*map(len, lines)}) == 1 else None
+        task = next((task for task in left if words and words[task] and left[task]), None)
+        if not task or held & set(lines):
+            continue
+        wish = rng.choice(wishes_of(task, poem))
+        question = rng.choice(sorted(words[task])).replace(WISH, wish)
+        if not prepare_text.held_out(question, VALID_SHARE):
+            left[task] -= 1
+            yield {"conversations": [{"role": "user", "content": question},
+                                     {"role": "assistant", "content": poem}]}
+
+
 def main():
     if not DATA or not CHATS:
         raise common.BadInput("give DATA=poems.jsonl.gz and CHATS=chats.jsonl.gz")
@@ -137,9 +181,12 @@ def main():
     prepare_chats.write_rows(QUESTIONS, rows)
     facts = [r for r in rows if score_poetry.task_of(prepare_chats.first_words(r["conversations"])) in ASKS]
     prepare_chats.write_rows(FACTS, facts)
+    asking = list(wishes(texts, *wish_wordings(prepare_chats.conversations_of(CHATS)), rng))
+    if asking:
+        prepare_chats.write_rows(WISHES, asking)
     print(f"{len(known):,} poems of {DATA} in {DOCUMENTS}; {CHATS} with more of its questions in "
           f"{QUESTIONS}, in {len(words['next line'])} and {len(words['author'])} wordings; {FACTS}: "
-          f"{len(facts):,} on lines and authors")
+          f"{len(facts):,} on lines and authors; {WISHES}: {len(asking):,} for poems")
 
 
 if __name__ == "__main__":
