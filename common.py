@@ -2629,7 +2629,7 @@ class DynamicSparseAttention(nn.Module):
     Importance of a block of keys: attention × learned importance, without the (P, P) scores. A key's learned
     importance e^a, a linear in the hit, is part of its weight, too; a block's attention is that of its mean
     and variances (second cumulant of the scores). Of the ⌈density × N⌉ blocks of largest importance (judge
-    "keys": of largest attention of the means of the quarters of a query block to every key, which single hot
+    "keys": of largest attention of the means of the halves of a query block to every key, which single hot
     keys cannot escape) those stay that are within a factor e^temperature of the largest; temperature (H,) is
     learned, through gates that are hard forward and sigmoids backward (straight-through, arXiv 1308.3432),
     renormalised over what stays. The same in training and inference; x is in place_order. density 1 and a
@@ -2728,7 +2728,7 @@ def block_moments(x: Tensor, real: Tensor, N: int) -> tuple[Tensor, Tensor, Tens
 
 
 @torch.no_grad()
-def block_shares(q: Tensor, k: Tensor, bias: Tensor, real: Tensor, NI: int, N: int, parts: int = 4) -> Tensor:
+def block_shares(q: Tensor, k: Tensor, bias: Tensor, real: Tensor, NI: int, N: int, parts: int = 2) -> Tensor:
     """The share (B, H, NI, N) of the attention of each of NI blocks of queries that N blocks of keys get, if
     a query's is that of the mean of its `parts`th of the block. q, k (B, H, P, E), bias (B, H, P), real (B,
     P); memory is of parts of WORKSPACE scores."""

@@ -49,7 +49,8 @@ FRAME = "canonical"   # each event turned so that its first light is at +z; "det
 DENSITY = (0.10, 0.05)  # share of the connections that may stay, first and last update: half a cosine
 READ = 1_000          # of SEQ_LEN hits the transformer reads so many, evenly by time; the refinement all
 MIN_CONNECTIONS = 16  # keys that every query has at least
-LEAF = 16             # hits of a block, about; 64 choose together. flex_attention wants 16 at least
+LEAF = 16             # hits of a block, about; flex_attention wants 16 at least
+QUERIES = 64          # hits, about, that choose blocks together
 JUDGE = "moments"     # of blocks: their means and variances; "keys": nearer the attention, 20% slower
 REFINE = 4            # Gauss-Newton steps on the learned likelihood; 0 = the first answer is the answer
 MIXTURE = 3           # Gaussians of a hit's time
@@ -197,10 +198,10 @@ def frames(x, real):
 class Layer(nn.Module):
     """Attention and MLP with residuals, norms before ("pre") or behind ("post") them."""
 
-    def __init__(self, dim, n_heads, hidden_dim, norm, min_connections, leaf, judge):
+    def __init__(self, dim, n_heads, hidden_dim, norm, min_connections, query_blocks, judge):
         super().__init__()
         self.attention = common.DynamicSparseAttention(dim, n_heads, min_connections=min_connections,
-                                                       query_blocks=max(1, 64 // leaf), judge=judge)
+                                                       query_blocks=query_blocks, judge=judge)
         self.inner, self.outer = nn.Linear(dim, hidden_dim), nn.Linear(hidden_dim, dim)
         self.norm_attn, self.norm_mlp = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.pre = norm == "pre"
@@ -274,7 +275,7 @@ class MuonNet(nn.Module):
     def __init__(self, task="regression", n_outputs=6, dim=48, n_layers=2, n_heads=6, hidden_dim=192,
                  norm="pre", readout="learned", output="points", frame="canonical", min_connections=16,
                  dense=False, context=16, hit_dim=48, n_mixture=3, seq_len=2_000, read=1_000, n_modes=4,
-                 refine=4, leaf=16, judge="moments"):
+                 refine=4, leaf=16, judge="moments", queries=64):
         super().__init__()
         self.sizes = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.task, self.readout, self.output, self.frame, self.dense = task, readout, output, frame, dense
@@ -284,7 +285,8 @@ class MuonNet(nn.Module):
         self.register_buffer("scale", torch.ones(self.n_features))
         self.register_buffer("index_spread", torch.tensor(0.0))  # prior of the group index; 0: nominal
         self.input = nn.Linear(self.n_features, dim)
-        self.layers = nn.ModuleList(Layer(dim, n_heads, hidden_dim, norm, min_connections, leaf, judge)
+        together = max(1, queries // leaf)
+        self.layers = nn.ModuleList(Layer(dim, n_heads, hidden_dim, norm, min_connections, together, judge)
                                     for _ in range(n_layers))
         self.norm = nn.LayerNorm(dim)
         self.n_pools = 4
@@ -448,7 +450,7 @@ def make_model():
                  n_layers=N_LAYERS, n_heads=N_HEADS, hidden_dim=HIDDEN_DIM, norm=NORM, readout=READOUT,
                  output=OUTPUT, frame=FRAME, min_connections=MIN_CONNECTIONS, dense=ATTENTION == "dense",
                  context=CONTEXT, hit_dim=HIT_DIM, n_mixture=MIXTURE, seq_len=SEQ_LEN, read=READ,
-                 n_modes=MODES, refine=REFINE, leaf=LEAF, judge=JUDGE)
+                 n_modes=MODES, refine=REFINE, leaf=LEAF, judge=JUDGE, queries=QUERIES)
     if PRESET == "seed":                                 # but for what the command line gives
         old = dict(dim=48, n_layers=4, n_heads=6, hidden_dim=192, norm="post")
         sizes |= {k: v for k, v in old.items() if k.upper() not in globals().get("_given", ())}
@@ -743,6 +745,7 @@ def check_constants(run):
         MIXTURE=(MIXTURE, 1),
         EVENTS=(EVENTS, 1),
         LEAF=(LEAF, 1),
+        QUERIES=(QUERIES, 1),
     )
     common.within(10, math.inf, SEQ_LEN=SEQ_LEN, READ=READ)
     common.within(
