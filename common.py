@@ -722,7 +722,11 @@ def newest_checkpoint(place: str | Path = "") -> Path:
 
 
 def export_weights(run: Run, out: str | Path, checkpoint: dict) -> None:
-    """Write the weights alone: OUT/model.safetensors, and OUT/config.json with what rebuilds the model."""
+    """Write the weights alone: OUT/model.safetensors, and OUT/config.json with what rebuilds the model. Says
+    so where these are still those before the first update."""
+    if checkpoint["step"] == 0:
+        run.say(f"warning: no validation beat the one before the first update: {out}/best.pt is "
+                "the model that this run began with; train longer, or with a lower learning rate")
     if run.first:
         from safetensors.torch import save as to_bytes
         about = {k: checkpoint[k] for k in ("kind", "sizes", "step")}

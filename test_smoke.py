@@ -3456,6 +3456,13 @@ def train_chat(train, chats, base):
     return lambda **constants: train(train_sft, **{**tiny, **constants})
 
 
+def test_who_trains_in_vain_is_told_that_the_best_is_what_there_was(train_chat, capsys):
+    train_chat(STEPS=2, LR=0.0, MUON_LR=0.0)
+    assert "/run/best.pt is the model that this run began with" in capsys.readouterr().out
+    train_chat(STEPS=20, LR=1e-2, MUON_LR=0.03, RESUME=False)
+    assert "began with" not in capsys.readouterr().out
+
+
 def test_fine_tuning_learns_the_answers(train_chat, chats, tmp_path, monkeypatch):
     found = train_chat(STEPS=150, LR=1e-2, MUON_LR=0.03, SEQ_LEN=128)
     first = common.read_metrics(tmp_path / "run")[0]
