@@ -810,7 +810,7 @@ def resume(run: Run, out: str | Path, constants: dict, again: bool, fingerprint:
                 lock(run, out)
             if found and found["state"].get("fingerprint", "") != fingerprint:
                 data = "the data " + ", ".join(
-                    str(constants[k]) for k in ("DATA", "PANEL", "VALID", "INIT", "TEACHER")
+                    str(constants[k]) for k in ("DATA", "MORE", "PANEL", "VALID", "SFT", "INIT", "TEACHER")
                     if constants.get(k))
                 raise BadInput(f"{data} changed since this run began (fingerprint "
                                f"{found['state'].get('fingerprint')}, now {fingerprint}); restore them, or "
@@ -2632,9 +2632,10 @@ class DynamicSparseAttention(nn.Module):
 
     Importance of a block of keys: attention × learned importance, without the (P, P) scores. A key's learned
     importance e^a, a linear in the hit, is part of its weight, too; a block's attention is that of its mean
-    and variances (second cumulant of the scores). Of the ⌈density × N⌉ blocks of largest importance (judge
-    "keys": of largest attention of the means of the halves of a query block to every key, which single hot
-    keys cannot escape) those stay that are within a factor e^temperature of the largest; temperature (H,) is
+    and variances (second cumulant of the scores). Of the ⌈density × N⌉ blocks of largest importance those
+    stay that are within a factor e^temperature of the largest. Judge "keys" ranks them by the attention of
+    means of queries to every key instead, which finds single hot keys in blocks; within what factor they are,
+    and the statistics, are still judged by moments. temperature (H,) is
     learned, through gates that are hard forward and sigmoids backward (straight-through, arXiv 1308.3432),
     renormalised over what stays. The same in training and inference; x is in place_order. density 1 and a
     large temperature: dense attention.
@@ -2643,6 +2644,8 @@ class DynamicSparseAttention(nn.Module):
     def __init__(self, dim: int, n_heads: int, head_dim: int = 0, min_connections: int = 16,
                  density: float = 0.1, query_blocks: int = 4, judge: str = "moments"):
         super().__init__()
+        if judge not in ("moments", "keys"):
+            raise BadInput(f"judge {judge!r} is not one of moments, keys")
         self.judge = judge
         self.n_heads, self.head_dim = n_heads, head_dim or dim // n_heads
         self.min_connections, self.query_blocks = min_connections, query_blocks  # key blocks a query block
@@ -2732,12 +2735,12 @@ def block_moments(x: Tensor, real: Tensor, N: int) -> tuple[Tensor, Tensor, Tens
 
 
 @torch.no_grad()
-def block_shares(q: Tensor, k: Tensor, bias: Tensor, real: Tensor, NI: int, N: int, parts: int = 2) -> Tensor:
+def block_shares(q: Tensor, k: Tensor, bias: Tensor, real: Tensor, NI: int, N: int) -> Tensor:
     """The share (B, H, NI, N) of the attention of each of NI blocks of queries that N blocks of keys get, if
-    a query's is that of the mean of its `parts`th of the block. q, k (B, H, P, E), bias (B, H, P), real (B,
-    P); memory is of parts of WORKSPACE scores."""
+    a query's is that of the mean of the 16, or the half of the block, that it belongs to. q, k (B, H, P, E),
+    bias (B, H, P), real (B, P); memory is of parts of WORKSPACE scores."""
     B, H, P, E = q.shape
-    parts = math.gcd(parts, P // NI)
+    parts = math.gcd(max(2, P // NI // 16), P // NI)
     mean, _, count = block_moments(q, real, NI * parts)
     shares = count.view(B, 1, NI, 1, parts)
     shares = (shares / shares.sum(-1, keepdim=True).clamp(min=1)).expand(-1, H, -1, -1, -1).flatten(0, 1)

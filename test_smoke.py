@@ -2007,7 +2007,7 @@ def test_dsa_loss_has_the_gradient_of_finite_differences():
 
 @pytest.mark.parametrize("judge", ["moments", "keys"])
 def test_blocks_are_chosen_and_counted_as_by_hand(judge, monkeypatch):
-    monkeypatch.setattr(common, "WORKSPACE", 4 * 256 * 3)                   # some heads, some blocks at once
+    monkeypatch.setattr(common, "WORKSPACE", 2 * 256 * 16)                  # two heads at once; below, parts
     module, x, real = dsa(0.2, min_connections=20, judge=judge)
     module.log_temperature.data.copy_(torch.tensor([-1.0, 0.5, 3.0]))
     module.importance.weight.data.mul_(0.1)                                 # so that queries differ
@@ -2034,10 +2034,10 @@ def test_blocks_are_chosen_and_counted_as_by_hand(judge, monkeypatch):
             ranks, p, kept, keys = scores, scores.softmax(0), [], 0
             if judge == "keys":
                 ranks = torch.zeros(32, dtype=torch.double)
-                for begin in range(32 * i, 32 * i + 32, 8):
-                    if real[b, begin:begin + 8].any():
-                        weights = (moments(q, begin, begin + 8)[0] @ k[b, h].T / 2 + bias[b, h]).softmax(0)
-                        ranks += weights.view(32, 8).sum(1) * int(real[b, begin:begin + 8].sum()) / queries
+                for begin in range(32 * i, 32 * i + 32, 16):
+                    if real[b, begin:begin + 16].any():
+                        weights = (moments(q, begin, begin + 16)[0] @ k[b, h].T / 2 + bias[b, h]).softmax(0)
+                        ranks += weights.view(32, 8).sum(1) * int(real[b, begin:begin + 16].sum()) / queries
             order = ranks.argsort(descending=True).tolist()
             for n, j in enumerate(order):  # 7 of 32, more only for too few keys
                 near = scores[order[0]] - scores[j] <= module.log_temperature[h].exp()
@@ -2539,6 +2539,22 @@ def test_one_event_is_scored_by_two_processes(train_muons, muons, tmp_path):
     finish(launch("train_muon_dsa.py", *words, ranks=2))
     found = json.loads((tmp_path / "run/eval.json").read_text())
     assert found["events"] == 1 and found["entry_cm"] == pytest.approx(alone["entry_cm"], rel=1e-2)
+
+
+def test_hits_of_a_block_and_those_that_choose_together_may_be_any_number(monkeypatch):
+    x = random_hits(2, 400, torch.float32)
+    for leaf, queries in ((8, 16), (8, 24), (10, 48), (12, 7), (16, 1000), (1000, 1)):
+        for name, value in dict(SEQ_LEN=400, READ=400, LEAF=leaf, QUERIES=queries, JUDGE="keys").items():
+            monkeypatch.setattr(train_muon_dsa, name, value)
+        model = train_muon_dsa.make_model().eval()
+        attention, own = model.layers[0].attention, 400 / model.blocks
+        assert attention.judge == "keys" and model.blocks % attention.query_blocks == 0
+        assert leaf == 1000 or 0.7 < own / leaf < 1.5
+        assert queries in (7, 1000, 1) or 0.5 < own * attention.query_blocks / queries < 2
+        with torch.no_grad():
+            assert bool(torch.isfinite(model(x, 0)["ends"]).all())
+    with pytest.raises(common.BadInput, match="judge 'kyes' is not one of moments, keys"):
+        common.DynamicSparseAttention(12, 3, judge="kyes")
 
 
 def test_the_preset_gives_way_to_what_the_command_line_says(monkeypatch):
@@ -3683,11 +3699,51 @@ def test_a_models_own_answers_become_preferences(tmp_path, monkeypatch):
     assert found == {questions[0]: (right, twice), questions[2]: (right, short),
                      wish: (right, right.replace("花", "月")), line: ("黄河入海流。", "山")}
     monkeypatch.setattr(score_poetry, "ANSWERS", "")
+    monkeypatch.setattr(score_poetry, "PAIRS", "")
     monkeypatch.setattr(score_poetry, "ONLY", "keyword,rhyme")
     with pytest.raises(common.BadInput, match="ONLY names 'rhyme'; there are form, keyword"):
         score_poetry.main()
     monkeypatch.setattr(score_poetry, "ONLY", "keyword")
     assert [row["question"] for row in score_poetry.main()] == [wish]
+    chosen = []
+    for seed in (0, 1, 0):
+        for name, value in dict(TRAIN=2, SAMPLES=1, SEED=seed, ONLY="").items():
+            monkeypatch.setattr(score_poetry, name, value)
+        chosen.append([row["question"] for row in score_poetry.main()])
+    assert chosen[0] == chosen[2] != chosen[1]
+
+
+def test_pairs_teach_only_what_differs_and_is_right(tmp_path, monkeypatch):
+    right = "春眠不觉晓，处处闻啼鸟。\n夜来风雨声，花落知多少。"
+    other = "白日依山尽，黄河入海流。\n欲穷千里目，更上一层楼。"
+    wish, line, form = "写一首含有“花”字的五言绝句。", "请接下一句：白日依山尽", "写一首五言绝句。"
+    rows = [(line, "next line", "黄河入海流", "黄河入海流。"),
+            (line, "next line", "更上一层楼", "黄河入海流"),
+            (form, "form", "太短。", "也短。"),                          # the reference is no better
+            (wish, "keyword", right, other + "\u2028")]
+    rows = [dict(zip(("question", "task", "reference", "answer"), row, strict=True)) for row in rows]
+    pairs, counts = score_poetry.pairs_of(rows)
+    assert len(pairs) == 1 and pairs[0]["chosen"][1]["content"] == right
+    assert pairs[0]["rejected"][1]["content"] == rows[3]["answer"]
+    assert counts == {"next line": [1, 2], "form": [0, 1], "keyword": [0, 1]}
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    monkeypatch.setattr(score_poetry, "ANSWERS", str(answers))
+    assert score_poetry.main()["next line"]["n"] == 2
+    monkeypatch.setattr(score_poetry, "ONLY", "keyword")
+    assert set(score_poetry.main()) == {"keyword"}
+    for file, only, message in ((answers, "", "name these, and another"), ("pairs.txt", "", "another .jsonl"),
+                                ("pairs.jsonl", "form", "gives no pair")):
+        monkeypatch.setattr(score_poetry, "PAIRS", str(tmp_path / file))
+        monkeypatch.setattr(score_poetry, "ONLY", only)
+        with pytest.raises(common.BadInput, match=message):
+            score_poetry.main()
+    monkeypatch.setattr(score_poetry, "ANSWERS", "")
+    with pytest.raises(common.BadInput, match="PAIRS=.* are made of ANSWERS=: name these"):
+        score_poetry.main()
+    assert score_poetry.task_of("请用花字入诗，写五言绝句。") == ""            # its wish cannot be told
+    with pytest.raises(common.BadInput, match="'' is no name of a file"):
+        prepare_chats.write_rows("", rows)
 
 
 def test_poems_that_chats_ask_about_are_written_to_be_known_by_heart(tmp_path, monkeypatch):
@@ -3742,13 +3798,17 @@ def test_more_wishes_are_asked_in_the_chats_words_and_answered_by_poems_not_held
     rng = np.random.default_rng(1)
     lines = [["".join(rng.choice([chr(0x4e00 + i) for i in range(3000)], 5)) for _ in range(4 + 4 * (i % 2))]
              for i in range(80)]
+    lines[26][0], lines[3], lines[5][0] = "一" + lines[26][0][1:], ["二二二二二"] * 8, "二" + lines[5][0][1:]
     poems = ["".join(x + mark for x, mark in zip(p, "，。" * 4, strict=False)) for p in lines]
     texts = [f"《题》唐·李\n{p}" for p in poems] + ["《词》宋·柳\n长短句。\n不齐也不问。"]
     starts = ["".join(x[0] for x in p) for p in lines]
     chats = [(f"写一首五言绝句，首字依次是“{starts[i]}”。", poems[i]) for i in range(0, 20, 2)]
     chats += [(f"写一首含有“{poems[i][2]}”字的五言律诗。", poems[i]) for i in range(1, 20, 2)]
     chats += [("藏头诗五言绝句：请以“甲乙丙丁”起句。", poems[22]), ("写一首五言绝句。", poems[24])]
+    chats += [("写一首含有“一”字的五言绝句。", poems[26]), ("请写一首含有“二”字的五言律诗。", poems[5])]
     monkeypatch.setattr(prepare_poems, "VALID_SHARE", 0.3)
+    monkeypatch.setattr(prepare_poems.prepare_text, "held_out", lambda q, share, real=prepare_text.held_out:
+                        q.startswith("请写") or not re.search("“[一二]”", q) and real(q, share))
     held = [a for q, a in chats if prepare_text.held_out(q, 0.3)]
     assert 3 < len(held) < 12
     turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in chats]
@@ -3763,8 +3823,14 @@ def test_more_wishes_are_asked_in_the_chats_words_and_answered_by_poems_not_held
         for question, poem in rows:
             assert score_poetry.has_form(question, poem) and score_poetry.has_wish(question, poem)
             assert not prepare_text.held_out(question, 0.3) and "甲" not in question
-            assert question.startswith(("写一首五言绝句，首字依次是“", "写一首含有“"))
-    assert len(rows) > 40
+            assert re.fullmatch("写一首(五言绝句，首字依次是“....”|含有“.”字的五言[律绝][诗句])。", question)
+            assert "“二”字的五言律" not in question                    # held out in other words
+    assert len(rows) > 40 and {"含有" in q for q, _ in rows if "绝句" in q} == {True, False}
+    monkeypatch.setattr(prepare_poems, "DATA", "poems")
+    monkeypatch.setattr(prepare_poems, "CHATS", "chats")
+    monkeypatch.setattr(prepare_poems, "N_WISHES", -5)
+    with pytest.raises(common.BadInput, match="N_WISHES -5"):
+        prepare_poems.main()
 
 
 # Preferences.
@@ -3862,6 +3928,16 @@ def test_more_pairs_are_trained_on_but_never_validated_on(preferences, tokenizer
     (tmp_path / "none.jsonl").write_text("")
     with pytest.raises(common.BadInput, match="none.jsonl has no usable pair"):
         train_dpo.Pairs(preferences, tokenizer, 129, str(tmp_path / "none.jsonl"))
+    (tmp_path / "some.jsonl").write_text("{}\n" * 1001 + "".join(lines))
+    (tmp_path / "none.jsonl").write_text("[]\n")
+    with pytest.raises(common.BadInput, match="no usable pair; first problem: .*none.jsonl:1: "):
+        train_dpo.Pairs(str(tmp_path / "some.jsonl"), tokenizer, 129, str(tmp_path / "none.jsonl"))
+    more = tmp_path / "more.jsonl"
+    with pytest.raises(SystemExit):
+        interrupted(train_pairs, 3, MORE=str(more), OUT=str(tmp_path / "changed"))
+    more.write_text("".join(lines[:90]))
+    with pytest.raises(common.BadInput, match="the data .*more.jsonl, .* changed since this run began"):
+        train_pairs(MORE=str(more), OUT=str(tmp_path / "changed"))
 
 
 def test_a_question_stands_once_where_both_answers_fit_its_row(preferences, tokenizer):
@@ -3870,7 +3946,7 @@ def test_a_question_stands_once_where_both_answers_fit_its_row(preferences, toke
     shared = np.array([train_dpo.in_common(*pairs.pairs[i]) for i in some])
     asked = [mask.argmax() for mask in (pairs.pairs[i][0][1] for i in some)]
     assert shared.tolist() == [n - 1 for n in asked]
-    for room, share in ((128, True), (lengths.sum(1).max() - shared.min(), True), (lengths.max(), True),
+    for room, share in ((128, True), ((lengths.sum(1) - shared).max(), True), (lengths.max(), True),
                         (128, False)):
         (ids, docs, targets, branch), place = pairs.batch(some, int(room), "cpu", share)
         fits = shared * (lengths.sum(1) - shared <= room) * share

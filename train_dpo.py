@@ -74,22 +74,21 @@ class Pairs:
     rejected)."""
 
     def __init__(self, path, tokenizer, room, more=""):
-        self.bad, self.pairs, self.held = prepare_text.BadRows(), [], []
+        self.pairs, self.held, self.bad_rows = [], [], 0
         self.digest = hashlib.blake2b(digest_size=8)
         self.read(path, tokenizer, room)
         self.own = len(self.pairs)
         if more:
             self.read(more, tokenizer, room)
-        self.bad.report()
         self.fingerprint = self.digest.hexdigest()
 
     def read(self, path, tokenizer, room):
-        before, named = len(self.pairs), len(self.bad.named)
-        for row, where in prepare_chats.rows(path, self.bad, ("chosen", "rejected")):
+        before, bad = len(self.pairs), prepare_text.BadRows()
+        for row, where in prepare_chats.rows(path, bad, ("chosen", "rejected")):
             try:
                 chosen, rejected = row["chosen"], row["rejected"]
                 if any(not t or t[-1].get("role") != "assistant" for t in (chosen, rejected)):
-                    self.bad.add(where, "the last turn is not the assistant's")
+                    bad.add(where, "the last turn is not the assistant's")
                     continue
                 if chosen[:-1] != rejected[:-1]:
                     raise common.BadInput(
@@ -98,27 +97,27 @@ class Pairs:
                     )
                 both = [last_answer(*common.render_chat(tokenizer, t)) for t in (chosen, rejected)]
                 if chosen[-1]["content"] == rejected[-1]["content"]:
-                    self.bad.add(where, "chosen and rejected are the same")
+                    bad.add(where, "chosen and rejected are the same")
                     continue
             except (AttributeError, TypeError, KeyError) as error:
-                self.bad.add(where, f"a turn that is no role and content ({type(error).__name__})")
+                bad.add(where, f"a turn that is no role and content ({type(error).__name__})")
                 continue
             except common.BadInput as error:
                 if str(error).startswith(where):
                     raise
-                self.bad.add(where, str(error))
+                bad.add(where, str(error))
                 continue
             if max(len(ids) for ids, _ in both) > room:
-                self.bad.add(where, f"longer than SEQ_LEN {room - 1}")
+                bad.add(where, f"longer than SEQ_LEN {room - 1}")
                 continue
             for ids, mask in both:
                 self.digest.update(ids.tobytes() + mask.tobytes())
             self.pairs.append(both)
             self.held.append(prepare_chats.first_words(chosen))
         if len(self.pairs) == before:
-            raise common.BadInput(
-                f"{path} has no usable pair; first problem: {(self.bad.named[named:] or ['none'])[0]}"
-            )
+            raise common.BadInput(f"{path} has no usable pair; first problem: {(bad.named or ['none'])[0]}")
+        bad.report()
+        self.bad_rows += bad.count
 
     def split(self, share):
         """Indices of training pairs, and of the file's held-out ones."""
@@ -256,7 +255,7 @@ def score():
     model = common.build(common.load(common.newest_checkpoint(OUT))).to(run.device)
     pairs = Pairs(EVAL, common.load_tokenizer(Path(OUT) / "tokenizer.json"), model.sizes["seq_len"] + 1)
     found = evaluate(run, model, pairs, np.arange(len(pairs.pairs)), None, model.sizes["seq_len"])
-    found["bad_rows"] = pairs.bad.count
+    found["bad_rows"] = pairs.bad_rows
     common.write_result(run, OUT, found)
     run.say(f"{EVAL}: " + common.line_of(None, found))
     common.stop(run)

@@ -285,7 +285,7 @@ class MuonNet(nn.Module):
         self.register_buffer("scale", torch.ones(self.n_features))
         self.register_buffer("index_spread", torch.tensor(0.0))  # prior of the group index; 0: nominal
         self.input = nn.Linear(self.n_features, dim)
-        together = max(1, queries // leaf)
+        together = min(self.blocks, 1 << max(0, round(math.log2(queries / leaf))))
         self.layers = nn.ModuleList(Layer(dim, n_heads, hidden_dim, norm, min_connections, together, judge)
                                     for _ in range(n_layers))
         self.norm = nn.LayerNorm(dim)

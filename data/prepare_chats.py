@@ -74,6 +74,9 @@ def rows(path, bad, fields=("conversations",)):
 
 def write_rows(path, rows):
     """Write rows as .jsonl or .jsonl.gz, whole or not at all."""
+    if not Path(path).name:
+        raise common.BadInput(f"{str(path)!r} is no name of a file to write to")
+
     def write(file):
         with gzip.GzipFile(fileobj=file, mode="wb", mtime=0) if str(path).endswith(".gz") else \
                 contextlib.nullcontext(file) as out:

@@ -14,6 +14,7 @@ What a held-out question asks is not among the new ones, however it is worded.
 """
 
 import collections
+import math
 import random
 import re
 import sys
@@ -108,17 +109,21 @@ def questions(text, where, words, held, rng):
 
 
 def wish_wordings(chats):
-    """({(lines, characters a line): {"keyword" or "acrostic": wordings}}, lines in held-out answers)."""
+    """({(lines, characters a line): {"keyword" or "acrostic": wordings}}, what is held out: lines of answers,
+    and (shape, wish))."""
     found, held = collections.defaultdict(lambda: collections.defaultdict(set)), set()
     for turns in chats:
         question, answer = prepare_chats.first_words(turns), turns[-1]["content"]
         task = score_poetry.task_of(question)
-        if prepare_text.held_out(question, VALID_SHARE):
+        shape, out = score_poetry.shape_of(question), prepare_text.held_out(question, VALID_SHARE)
+        if out:
             held.update(score_poetry.lines_of(answer))
-        elif task in ("keyword", "acrostic"):
-            for wish in wishes_of(task, answer):
-                if f"“{wish}”" in question:
-                    found[score_poetry.shape_of(question)][task].add(question.replace(wish, WISH))
+        for wish in wishes_of(task, answer) if task in ("keyword", "acrostic") else ():
+            if (quoted := f"“{wish}”") in question:
+                if out:
+                    held.add((shape, wish))
+                else:
+                    found[shape][task].add(question.replace(quoted, f"“{WISH}”"))
     return found, held
 
 
@@ -136,13 +141,14 @@ def wishes(texts, found, held, rng):
         head = HEAD.match(texts[number])
         poem = texts[number][head.end() if head else 0:].strip()
         lines = score_poetry.lines_of(poem)
-        words = found.get((len(lines), len(lines[0]))) if lines and len({*map(len, lines)}) == 1 else None
-        task = next((task for task in left if words and words[task] and left[task]), None)
-        if not task or held & set(lines):
+        shape = (len(lines), len(lines[0])) if len({*map(len, lines)}) == 1 else None
+        tasks = [task for task, words in found.get(shape, {}).items() if words and left[task]]
+        if not tasks or held & set(lines):
             continue
+        task = rng.choice(sorted(tasks))
         wish = rng.choice(wishes_of(task, poem))
-        question = rng.choice(sorted(words[task])).replace(WISH, wish)
-        if not prepare_text.held_out(question, VALID_SHARE):
+        question = rng.choice(sorted(found[shape][task])).replace(WISH, wish)
+        if (shape, wish) not in held and not prepare_text.held_out(question, VALID_SHARE):
             left[task] -= 1
             yield {"conversations": [{"role": "user", "content": question},
                                      {"role": "assistant", "content": poem}]}
@@ -151,6 +157,7 @@ def wishes(texts, found, held, rng):
 def main():
     if not DATA or not CHATS:
         raise common.BadInput("give DATA=poems.jsonl.gz and CHATS=chats.jsonl.gz")
+    common.within(0, math.inf, N_WISHES=N_WISHES, SUFFIXES=SUFFIXES)
     rng, texts = random.Random(SEED), read(DATA)
     where = index_of(texts)
     known, words, held = wordings(texts, where, prepare_chats.conversations_of(CHATS))
@@ -182,8 +189,7 @@ def main():
     facts = [r for r in rows if score_poetry.task_of(prepare_chats.first_words(r["conversations"])) in ASKS]
     prepare_chats.write_rows(FACTS, facts)
     asking = list(wishes(texts, *wish_wordings(prepare_chats.conversations_of(CHATS)), rng))
-    if asking:
-        prepare_chats.write_rows(WISHES, asking)
+    prepare_chats.write_rows(WISHES, asking)
     print(f"{len(known):,} poems of {DATA} in {DOCUMENTS}; {CHATS} with more of its questions in "
           f"{QUESTIONS}, in {len(words['next line'])} and {len(words['author'])} wordings; {FACTS}: "
           f"{len(facts):,} on lines and authors; {WISHES}: {len(asking):,} for poems")

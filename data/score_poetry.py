@@ -49,6 +49,7 @@ TASKS = (
     ("previous line", "请写出“.*”的前一句|的上一句是什么|上句填空|补全诗句：_"),
     ("author", "的作者是谁|谁写了|Who wrote|这首诗是谁写的|这首词是谁写的"),
 )
+WISHED = re.compile("[“\"'‘]([^”\"'’]+)[”\"'’]")
 KINDS = ("form", "keyword", "acrostic", *(name for name, _ in TASKS))
 
 
@@ -60,9 +61,9 @@ def shape_of(question):
 def task_of(question):
     """The name of the task, "" for other questions."""
     if shape_of(question) and "属于" not in question and "form" not in question:
-        if re.search("首字依次|藏头", question):
-            return "acrostic"
-        return "keyword" if re.search("诗中要有|含有“|字入诗", question) else "form"
+        wish = "acrostic" if re.search("首字依次|藏头", question) else \
+            "keyword" if re.search("诗中要有|含有“|字入诗", question) else ""
+        return "form" if not wish else wish if WISHED.search(question) else ""
     return next((name for name, words in TASKS if re.search(words, question)), "")
 
 
@@ -79,7 +80,7 @@ def has_form(question, answer):
 
 def has_wish(question, answer):
     """Whether a poem holds the character, or its lines begin with those, that were asked for."""
-    wished = re.search("[“\"'‘]([^”\"'’]+)[”\"'’]", question)[1]
+    wished = WISHED.search(question)[1]
     if task_of(question) == "keyword":
         return wished in answer
     lines = lines_of(answer)
@@ -104,7 +105,8 @@ def is_right(row):
 
 def pairs_of(rows):
     """Preferences: a question's first right and first wrong answer. Where all are wrong the reference is
-    chosen, where all are right nothing is to be learned. Returns (pairs, {task: [right, answers]})."""
+    chosen, if it is right itself; where all are right nothing is to be learned. Returns (pairs, {task:
+    [right, answers]})."""
     asked, counts, pairs = collections.defaultdict(list), {}, []
     for row in rows:
         asked[row["question"]].append(row)
@@ -114,10 +116,12 @@ def pairs_of(rows):
         count[0], count[1] = count[0] + sum(right), count[1] + len(right)
         if all(right):
             continue
-        chosen = tries[right.index(True)]["answer"] if any(right) else tries[0]["reference"]
-        turns = [{"role": "user", "content": question}]
-        pairs.append({name: [*turns, {"role": "assistant", "content": text}] for name, text in (
-            ("chosen", chosen), ("rejected", tries[right.index(False)]["answer"]))})
+        rejected = tries[right.index(False)]["answer"]
+        best = tries[right.index(True)] if any(right) else tries[0] | {"answer": tries[0]["reference"]}
+        if is_right(best) and bare(best["answer"]) != bare(rejected):
+            turns = [{"role": "user", "content": question}]
+            pairs.append({name: [*turns, {"role": "assistant", "content": text}] for name, text in (
+                ("chosen", best["answer"]), ("rejected", rejected))})
     return pairs, counts
 
 
@@ -153,25 +157,36 @@ def score(rows):
 def write_pairs(pairs, counts):
     for task, (right, answers) in counts.items():
         print(f"{task:14}  {answers:5} answers  right {right / answers:.3f}")
+    if not pairs:
+        raise common.BadInput(f"{ANSWERS} gives no pair: no question has a wrong answer beside a right one; "
+                              f"ask more often (SAMPLES, now {SAMPLES}), or serve.py with a TEMPERATURE")
     prepare_chats.write_rows(PAIRS, pairs)
     print(f"{PAIRS}: {len(pairs)} pairs")
     return pairs
 
 
 def main():
+    if unknown := [task for task in ONLY.split(",") if ONLY and task not in KINDS]:
+        raise common.BadInput(f"ONLY names {unknown[0]!r}; there are {', '.join(KINDS)}")
+    wanted = ONLY.split(",") if ONLY else KINDS
+    if PAIRS and (not ANSWERS or Path(PAIRS).resolve() == Path(ANSWERS).resolve()
+                  or not PAIRS.endswith((".jsonl", ".jsonl.gz"))):
+        raise common.BadInput(f"PAIRS={PAIRS} are made of ANSWERS={ANSWERS}: name these, and another .jsonl "
+                              "or .jsonl.gz for the pairs")
     if ANSWERS:
         if not Path(ANSWERS).is_file():
             raise common.BadInput(
                 f"there is no file {ANSWERS}; python serve.py PROMPTS={OUT} ANSWERS={ANSWERS} makes it"
             )
         try:
-            rows = [json.loads(line) for line in Path(ANSWERS).read_text(encoding="utf-8").splitlines()]
-            found = pairs_of(rows) if PAIRS else score(rows)
+            rows = [json.loads(line) for line in Path(ANSWERS).read_bytes().splitlines() if line.strip()]
+            found = pairs_of(row for row in rows if row["task"] in wanted) if PAIRS else score(rows)
         except (ValueError, KeyError, TypeError) as error:
             raise common.BadInput(f"{ANSWERS} is not what serve.py answers to {OUT}: rows of question, task, "
                                   f"reference, answer ({type(error).__name__}: {error})") from None
         if PAIRS:
             return write_pairs(*found)
+        found = {task: values for task, values in found.items() if task in wanted}
         for task, values in found.items():
             print(f"{task:14}" + "".join(f"  {k} {v:.3f}" if isinstance(v, float) else f"  {v:5} questions"
                                          for k, v in values.items()))
@@ -180,9 +195,7 @@ def main():
         raise common.BadInput("give DATA=chats.jsonl.gz, or ANSWERS=answers.jsonl to score")
     common.within(0, math.inf, TRAIN=TRAIN)
     common.within(1, math.inf, SAMPLES=SAMPLES)
-    asked, wanted = [], ONLY.split(",") if ONLY else KINDS
-    if unknown := [task for task in wanted if task not in KINDS]:
-        raise common.BadInput(f"ONLY names {unknown[0]!r}; there are {', '.join(KINDS)}")
+    asked = []
     for turns in prepare_chats.conversations_of(DATA):
         held = prepare_text.held_out(prepare_chats.first_words(turns), VALID_SHARE)
         if held != bool(TRAIN) and len(turns) == 2 and task_of(question := turns[0]["content"]) in wanted:
