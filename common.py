@@ -2633,9 +2633,9 @@ class DynamicSparseAttention(nn.Module):
     Importance of a block of keys: attention × learned importance, without the (P, P) scores. A key's learned
     importance e^a, a linear in the hit, is part of its weight, too; a block's attention is that of its mean
     and variances (second cumulant of the scores). Of the ⌈density × N⌉ blocks of largest importance those
-    stay that are within a factor e^temperature of the largest. Judge "keys" ranks them by the attention of
-    means of queries to every key instead, which finds single hot keys in blocks; within what factor they are,
-    and the statistics, are still judged by moments. temperature (H,) is
+    stay that are within a factor e^temperature of the largest. Judge "keys" takes the attention of means of
+    queries to every key instead, which finds single hot keys in blocks; gradients, and the entropy, are still
+    those of moments. temperature (H,) is
     learned, through gates that are hard forward and sigmoids backward (straight-through, arXiv 1308.3432),
     renormalised over what stays. The same in training and inference; x is in place_order. density 1 and a
     large temperature: dense attention.
@@ -2691,7 +2691,7 @@ class DynamicSparseAttention(nn.Module):
         logs = scores.log_softmax(-1)                                                   # (B, H, NI, N)
         ranks = logs.detach()
         if self.judge == "keys":
-            ranks = block_shares(q, k, bias, real, NI, N) + 1e-20 * ranks.exp()
+            ranks = (block_shares(q, k, bias, real, NI, N) + 1e-20 * ranks.exp()).clamp(min=1e-30).log()
 
         K = most = min(N, math.ceil(float(self.density) * N - 1e-4))       # 0.1 in float32 is more than 0.1
         enough = real.sum(1).clamp(max=self.min_connections)[:, None, None, None]
@@ -2703,7 +2703,11 @@ class DynamicSparseAttention(nn.Module):
                 break
             K = min(N, 2 * K)  # blocks of few real hits
         top = logs.gather(3, chosen)
-        above = top - top[..., :1].detach() + self.log_temperature.exp()[:, None, None]
+        best = ranks.gather(3, chosen)
+        above = top - top[..., :1].detach()
+        if self.judge == "keys":  # the value is theirs, the gradient that of moments
+            above = torch.where(top > -math.inf, above + (best - best[..., :1] - above).detach(), above)
+        above = above + self.log_temperature.exp()[:, None, None]
         within = (above >= 0) & (torch.arange(K, device=q.device) < most)
         hard = (within | (before < enough)) & (top > -math.inf)
         soft = torch.sigmoid(above)
@@ -2716,6 +2720,9 @@ class DynamicSparseAttention(nn.Module):
         share = n_q / n_q.sum(1, keepdim=True).clamp(min=1) / H  # of the queries, (B, NI)
         p = logs.exp()
         retained = ((top.exp() * stays).sum(-1) * share[:, None]).sum((1, 2))
+        if self.judge == "keys":
+            kept = ((best.exp() * hard).sum(-1) * share[:, None]).sum((1, 2))
+            retained = retained + (kept - retained).detach()
         entropy = -((p * logs.clamp(min=-1e4)).sum(-1) * share[:, None]).sum((1, 2)) / math.log(max(2, N))
         return chosen, gate, {"sparsity_ratio": 1 - active / total.clamp(min=1), "active_connections": active,
                               "total_connections": total, "retained_information": retained,

@@ -2031,7 +2031,8 @@ def test_blocks_are_chosen_and_counted_as_by_hand(judge, monkeypatch):
                 mk, vk = moments(k, 8 * j, 8 * j + 8)
                 weight = bias[b, h, 8 * j:8 * j + 8].logsumexp(0)
                 scores[j] = mq @ mk / 2 + (mq.square() @ vk + vq @ mk.square()) / 8 + weight
-            ranks, p, kept, keys = scores, scores.softmax(0), [], 0
+            p, kept, keys = scores.softmax(0), [], 0
+            ranks = p
             if judge == "keys":
                 ranks = torch.zeros(32, dtype=torch.double)
                 for begin in range(32 * i, 32 * i + 32, 16):
@@ -2040,14 +2041,14 @@ def test_blocks_are_chosen_and_counted_as_by_hand(judge, monkeypatch):
                         ranks += weights.view(32, 8).sum(1) * int(real[b, begin:begin + 16].sum()) / queries
             order = ranks.argsort(descending=True).tolist()
             for n, j in enumerate(order):  # 7 of 32, more only for too few keys
-                near = scores[order[0]] - scores[j] <= module.log_temperature[h].exp()
+                near = ranks[order[0]].log() - ranks[j].log() <= module.log_temperature[h].exp()
                 if scores[j] > -math.inf and (keys < 20 or near and n < 7):
                     kept.append(j)
                     keys += int(real[b, 8 * j:8 * j + 8].sum())
             assert sorted(chosen[b, h, i][gate[b, h, i] > -math.inf].tolist()) == sorted(kept)
             share = queries / int(real[b].sum()) / 3
             active += queries * keys
-            retained += float(p[kept].sum()) * share
+            retained += float(ranks[kept].sum()) * share
             entropy -= float((p[alive] * p[alive].log()).sum()) / math.log(32) * share
         close(found["active_connections"][b].item(), active, 1e-9)
         close(found["retained_information"][b].item(), retained, 1e-9)
@@ -2060,14 +2061,13 @@ def test_blocks_of_single_hot_keys_are_found_by_keys_and_gradients_still_flow():
     held = {}
     for judge in ("moments", "keys"):
         module, x, real = dsa(0.05, min_connections=8, judge=judge)
-        module.log_temperature.data.fill_(9.0)
         module.qkv.weight.data.mul_(6)
         module.importance.weight.data.zero_()
         real[:] = True
         q, k, _ = module.qkv(x).view(2, 256, 3, 3, 4).permute(2, 0, 3, 1, 4)
         chosen, gate, found = module.choose(q, k, torch.zeros(2, 3, 256, dtype=torch.double), real, 32)
         weights = (q @ k.mT / 2).softmax(-1).view(2, 3, 8, 32, 32, 8).sum((3, 5))
-        held[judge] = float(weights.gather(3, chosen).sum() / weights.sum())
+        held[judge] = float((weights.gather(3, chosen) * (gate > -math.inf)).sum() / weights.sum())
         gradients = torch.autograd.grad(found["retained_information"].sum(), [x, module.qkv.weight])
         assert all(g.isfinite().all() and g.abs().max() > 0 for g in gradients)
     assert held["keys"] > held["moments"] + 0.03, held
