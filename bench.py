@@ -1560,7 +1560,7 @@ def saving():
 
 
 def sharding():
-    """Peak memory of each of two processes while they train 76M parameters with AdamW: whole copies against
+    """Peak memory of each of two processes while they train 73M parameters with AdamW: whole copies against
     SHARD=True."""
     peaks = {}
     with tempfile.TemporaryDirectory() as temporary:

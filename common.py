@@ -785,6 +785,10 @@ def resume(run: Run, out: str | Path, constants: dict, again: bool, fingerprint:
         if constants.get(name, choices[0]) not in choices:
             raise BadInput(f"{name} {constants[name]!r} is not one of {', '.join(choices)}")
     found, restarted = None, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    for name in ("INIT", "TEACHER"):
+        place = constants.get(name)
+        if place and newest_checkpoint(place).parent.resolve() == Path(out).resolve():
+            raise BadInput(f"{name}={place} lies in OUT={out}, which this run is to fill; choose another OUT")
     if run.first:
         out = Path(out)
         try:

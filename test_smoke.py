@@ -3762,7 +3762,7 @@ def test_poems_that_chats_ask_about_are_written_to_be_known_by_heart(tmp_path, m
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"conversations": [
         {"role": "user", "content": q}, {"role": "assistant", "content": a}]}) + "\n" for q, a in chats))
     for name, file in dict(DATA="poems.jsonl", CHATS="chats.jsonl", DOCUMENTS="heart.jsonl.gz",
-                           QUESTIONS="all.jsonl.gz", FACTS="facts.jsonl.gz").items():
+                           QUESTIONS="all.jsonl.gz", FACTS="facts.jsonl.gz", WISHES="wish.jsonl.gz").items():
         monkeypatch.setattr(prepare_poems, name, str(tmp_path / file))
     monkeypatch.setattr(prepare_poems, "VALID_SHARE", 0.1)
     prepare_poems.main()
@@ -4974,6 +4974,19 @@ def test_bytes_and_muons_that_changed_under_an_unfinished_run_are_refused(train_
     torch.save({"x_data": x, "y_data": y.flatten(1)}, tmp_path / "m.pt")     # the same hits, another answer
     with pytest.raises(common.BadInput, match=r"the data .*m\.pt changed since this run began"):
         train_muons(**constants)
+
+
+def test_a_base_is_not_set_aside_for_what_is_made_of_it(train_chat, train_pairs, train_adapter, distil, base,
+                                                        tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    before = sorted(p.name for p in (tmp_path / "base").iterdir())
+    runs = (train_chat, "INIT"), (train_pairs, "INIT"), (train_adapter, "INIT"), (distil, "TEACHER")
+    for run, name in runs:
+        for place in (tmp_path / "base", tmp_path / "base/best.pt"):
+            with pytest.raises(common.BadInput, match=f"{name}=.*base.* lies in OUT=.*base.* choose another"):
+                run(**{name: str(place), "OUT": str(tmp_path / "base")})
+    assert sorted(p.name for p in (tmp_path / "base").iterdir()) == before
+    assert not (tmp_path / "base~1").exists()
 
 
 def test_a_base_that_changed_under_an_unfinished_run_is_refused(train_chat, distil, base, tmp_path):
