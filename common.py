@@ -2577,6 +2577,7 @@ class _ChosenBlocks(torch.autograd.Function):
         outs = _query_blocks(out, chosen)
         for part, _, _, _, values, weights in _chosen_parts(q, k, v, bias, chosen, gate, N):
             torch.bmm(weights, values, out=outs[part])
+            del values, weights                                # before those of the next part are made
         return out
 
     @staticmethod
@@ -2596,12 +2597,14 @@ class _ChosenBlocks(torch.autograd.Function):
             dv_blocks.index_add_(0, index, dvalues.view(len(index), -1).to(wide))
             inner = torch.bmm(weights, values).mul_(upper).sum(-1, keepdim=True)
             dscores = torch.bmm(upper, values.mT).sub_(inner).mul_(weights)
+            del dvalues, inner, values, weights
             dbiases = dscores.sum(1, dtype=wide).view(len(index), -1)
             dbias_blocks.index_add_(0, index, dbiases)
             dgate.view(-1, K)[part] = dbiases.sum(-1).view(-1, K).to(dgate.dtype)
             dqs[part] = _scaled_bmm(dscores, keys, E ** -0.5)
             dkeys = _scaled_bmm(dscores.mT, queries, E ** -0.5)
             dk_blocks.index_add_(0, index, dkeys.view(len(index), -1).to(wide))
+            del dscores, dkeys, keys, queries
         return dq, dk.to(k.dtype), dv.to(v.dtype), dbias.to(bias.dtype), None, dgate, None
 
 
@@ -2626,8 +2629,9 @@ def _chosen_parts(q, k, v, bias, chosen, gate, N) -> Iterator[tuple]:
         keys, values, biases = (x.index_select(0, index).view(-1, K * L, E if i < 2 else 1)
                                 for i, x in enumerate(blocks))
         added = (biases.view(-1, K, L) + gates[part]).view(-1, 1, K * L)
-        scores = torch.baddbmm(added, queries[part], keys.mT, alpha=E ** -0.5)
-        yield part, queries[part], index, keys, values, scores.softmax(-1)
+        yield part, queries[part], index, keys, values, torch.baddbmm(
+            added, queries[part], keys.mT, alpha=E ** -0.5).softmax(-1)
+        del keys, values, biases, added
 
 
 class DynamicSparseAttention(nn.Module):
