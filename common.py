@@ -2711,9 +2711,9 @@ class DynamicSparseAttention(nn.Module):
                 break
             K = min(N, 2 * K)  # blocks of few real hits
         top = logs.gather(3, chosen)
-        best = ranks.gather(3, chosen)
         above = top - top[..., :1].detach()
         if self.judge == "keys":  # the value is theirs, the gradient that of moments
+            best = ranks.gather(3, chosen)
             above = torch.where(top > -math.inf, above + (best - best[..., :1] - above).detach(), above)
         above = above + self.log_temperature.exp()[:, None, None]
         within = (above >= 0) & (torch.arange(K, device=q.device) < most)

@@ -149,10 +149,9 @@ class Pairs:
 def in_common(chosen, rejected):
     """How many first tokens both answers' documents (ids, mask) need only once: all of the question but the
     last, which in both predicts what differs."""
-    (a, mask), (b, other) = chosen, rejected
-    n = min(mask.argmax(), other.argmax())
-    differs = np.flatnonzero(a[:n] != b[:n])
-    return max(0, int(differs[0] if len(differs) else n) - 1)
+    (a, mask), (b, _) = chosen, rejected
+    n = int(mask.argmax())                                   # where the answer begins
+    return max(0, n - 1) if np.array_equal(a[:n], b[:n]) else 0
 
 
 def last_answer(ids, mask):

@@ -61,9 +61,10 @@ def shape_of(question):
 def task_of(question):
     """The name of the task, "" for other questions."""
     if shape_of(question) and "属于" not in question and "form" not in question:
-        wish = "acrostic" if re.search("首字依次|藏头", question) else \
-            "keyword" if re.search("诗中要有|含有“|字入诗", question) else ""
-        return "form" if not wish else wish if WISHED.search(question) else ""
+        for name, words in (("acrostic", "首字依次|藏头"), ("keyword", "诗中要有|含有“|字入诗")):
+            if re.search(words, question):
+                return name if WISHED.search(question) else ""   # without quotes the wish cannot be told
+        return "form"
     return next((name for name, words in TASKS if re.search(words, question)), "")
 
 
