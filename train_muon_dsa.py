@@ -2,7 +2,8 @@
 
 A transformer with dynamic sparsity attention (DSA: common.py, section 7) reads the hits as a set and gives a
 first answer and a description of the detector; a few Gauss-Newton steps, part of the network, then maximise a
-learned likelihood of the times of the first hits. Errors are in degrees and cm, on events never trained on.
+learned likelihood of the times of the first hits and of the charges, and find the light of each piece of
+the track as well. Errors are in degrees and cm, on events never trained on.
 
     python train_muon_dsa.py                                       simulates events, if there are none
     python train_muon_dsa.py DATA="shards/*.pt" OUT=out/mine       x_data (N, T, 5): x, y, z [m], time [ns],
@@ -16,6 +17,7 @@ import hashlib
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -53,9 +55,11 @@ LEAF = 16             # hits of a block, about; flex_attention wants 16 at least
 QUERIES = 64          # hits, about, that choose blocks together
 JUDGE = "moments"     # of blocks: their means and variances; "keys": nearer the attention, 20% slower
 REFINE = 4            # Gauss-Newton steps on the learned likelihood; 0 = the first answer is the answer
+SEGMENTS = 16         # equal pieces of the track whose light the steps fit, too
+CHARGES = 0.5         # weight of charges against times in the steps: their errors are common to many hits
 MIXTURE = 3           # Gaussians of a hit's time
 HIT_DIM = 64          # width of the network that gives them
-INDEX_SPREAD = 0.03   # of the group index that the steps fit, too, as they do
+INDEX_SPREAD = 0.03   # of the group indices that the steps fit, too, as they do
 MODES = 6             # learned ways in which detectors' times differ; both from a fifth of the updates on
 CONTEXT = 16          # numbers by which the transformer describes the detector to it
 
@@ -222,32 +226,249 @@ class Layer(nn.Module):
         return self.norm_mlp(x + self.mlp(x)), found
 
 
+# What charges tell. The slopes are written out, since autograd would go three times through all pairs of hits
+# and pieces of track.
+
+OPTICS = {"attenuation": 0.15, "edge": 0.5, "slope": 0.2, "leak": 0.3, "diffuse": 0.2}  # prior of the steps
+
+
+class Light(nn.Module):
+    """The charges of hits, given a track and the light of its pieces: on straight lines, as far as absorption
+    and the boundary let it pass, and diffuse, the same everywhere, as in data/simulate_muons.py; the optics
+    come from an event's context, at first those of the nominal detector. Charges scatter by a constant share
+    and as counts do; the largest say only "at least so much"; hits below the median were kept at random."""
+
+    n_features = 5
+    kinds = (*OPTICS, "scatter", "counts", "kept")
+
+    def __init__(self, context, n_segments):
+        super().__init__()
+        self.n_segments = n_segments
+        self.optics = nn.Linear(context, len(self.kinds))
+        nn.init.zeros_(self.optics.weight)
+        nn.init.zeros_(self.optics.bias)
+
+    def detector(self, context, shift=None):
+        """The optics (B, 1, kinds) of events of some context (B, C), a shift (B, OPTICS) of them added."""
+        optics = 1.5 * (self.optics(context) / 1.5).tanh()
+        if shift is not None:
+            optics = (optics + F.pad(shift, (0, len(self.kinds) - len(OPTICS)))).clamp(-2, 2)
+        return optics[:, None]
+
+    def share(self, along, far, near, optics):
+        """Light from pieces at squared radii near (..., K) to PMTs at squared radii far (..., 1), of scalar
+        products along (..., K): `direct`, the share that reaches a PMT, and what it is made of."""
+        attenuation, edge, slope, leak = (optics[..., i:i + 1] for i in range(4))
+        per_m, width, leak = (-attenuation).exp() / 22, 0.3 * slope.exp(), 0.03 * leak.exp()
+        inverse = (far + near - 2 * along).clamp(min=0.01).rsqrt()           # of the distance
+        outward = (along - near) * inverse
+        cosine = (outward.square() + simulate_muons.RADIUS ** 2 - near).clamp(min=1e-4).sqrt()
+        inside = cosine - outward
+        ramp = (cosine * (1 / simulate_muons.RADIUS) - (0.35 + 0.1 * edge)) / width
+        passed = leak + (1 - leak) * ramp.clamp(0, 1)
+        incident = (far - along) * (simulate_muons.PMT_SIZE ** 2 / 4 * far.rsqrt())
+        direct = incident * inverse * inverse.square() * passed * (inside * -per_m).exp()
+        return SimpleNamespace(along=along, far=far, inverse=inverse, outward=outward, cosine=cosine,
+                               inside=inside, ramp=ramp, passed=passed, direct=direct, per_m=per_m,
+                               width=width, leak=leak)
+
+    def forward(self, ends, pmts, optics):
+        """`share` of tracks with ends (B, 2, 3) and PMTs (B, T, 3), with `arrival` (B, T, K), its time in ns,
+        and `diffuse` (B, 1, K), the share that any PMT has; optics (B, 1, kinds)."""
+        place = (torch.arange(self.n_segments, device=pmts.device).to(ends) + 0.5) / self.n_segments
+        chord = ends[:, 1] - ends[:, 0]
+        length = chord.norm(dim=-1, keepdim=True).clamp(min=1e-3)
+        pieces = ends[:, :1] + place[:, None] * chord[:, None]
+        near = pieces.square().sum(-1)[:, None].clamp(min=1e-6)
+        rays = self.share(pmts @ pieces.mT, pmts.square().sum(-1, keepdim=True).clamp(min=1), near, optics)
+        path = (fit_muons.INDEX_IN - fit_muons.INDEX_OUT) * rays.inside + fit_muons.INDEX_OUT / rays.inverse
+        rays.arrival = ((place * length)[:, None] + path) * (1 / simulate_muons.LIGHT)
+        rays.place, rays.pieces, rays.pmts, rays.way = place, pieces, pmts, chord / length
+        chords = ((torch.arange(48, device=pmts.device).to(ends) + 0.5) / 24)[:, None]       # over the sphere
+        cosines = 1 - chords.square() / 2
+        far = near.new_full((1, 1, 1), simulate_muons.PMT_RADIUS ** 2)
+        around = self.share(near.sqrt() * cosines * simulate_muons.PMT_RADIUS, far, near, optics)
+        around.by_near = cosines * (simulate_muons.PMT_RADIUS / 2) * near.rsqrt()
+        around.factor = 0.4 * optics[..., 4:5].exp() * (chords / chords.sum())
+        rays.around, rays.diffuse = around, (around.direct * around.factor).sum(1, keepdim=True)
+        return rays
+
+    def seen(self, rays, first, light, charge):
+        """(log expected charge (B, T), features (B, T, n_features) for HitTimes: it, the charge against it,
+        how much comes within about 1.5, 5 and 15 ns of the first light at first (B, T)); log light (B, K)."""
+        rays.light = light.exp()[:, None]
+        rays.part = rays.direct * rays.light
+        rays.scattered = (rays.diffuse * rays.light).sum(-1)
+        rays.expected = (rays.part.sum(-1) + rays.scattered).clamp(min=0.1)
+        late = (first[..., None] - rays.arrival) * (1 / 15)
+        rays.later, early = (late < 0) & (late > -4), late.clamp(-4, 0).exp()
+        third = early * early * early
+        rays.early = third * third * third * early, third, early
+        rays.soon = [(rays.part * e).sum(-1) / rays.expected + 1e-3 for e in rays.early]
+        log_expected = rays.expected.log()
+        over = (charge.clamp(min=0.3).log() - log_expected).clamp(-2, 2)
+        rays.fits = over.abs() < 2
+        soon = [s.log() / 2 + 1 for s in rays.soon]
+        return log_expected, torch.stack([log_expected / 3 - 2, over, *soon], -1)
+
+    def bend(self, rays):
+        """Adds to rays, and to rays.around, slopes of the logarithm of the share and of the arrival in the
+        scalar product `along` and the squared radius `near`, and those of the diffuse light."""
+        ratio, light = fit_muons.INDEX_OUT / simulate_muons.LIGHT, 1 / simulate_muons.LIGHT
+        inner = (fit_muons.INDEX_IN - fit_muons.INDEX_OUT) * light
+        for r in (rays, rays.around):
+            square = r.inverse.square()
+            turn = r.outward * square
+            out_along, out_near = r.inverse + turn, -r.inverse - 0.5 * turn
+            steep = 1 / r.cosine
+            cos_along, cos_near = r.outward * out_along * steep, (r.outward * out_near - 0.5) * steep
+            in_along, in_near = cos_along - out_along, cos_near - out_near
+            r.open = ((r.ramp > 0) & (r.ramp < 1)) * ((1 - r.leak) / r.width) / r.passed
+            passed = r.open * (1 / simulate_muons.RADIUS)
+            r.by_along = 3 * square - 1 / (r.far - r.along) + passed * cos_along - r.per_m * in_along
+            r.log_near = passed * cos_near - r.per_m * in_near - 1.5 * square
+            r.late_along = inner * in_along - ratio * r.inverse
+            r.late_near = inner * in_near + 0.5 * ratio * r.inverse
+        rays.weights = torch.stack([1 - rays.place, rays.place], -1)
+        rays.outer = (2 * rays.weights[..., None] * rays.pieces[:, :, None]).flatten(2)      # (B, K, 6)
+        r, spread = rays.around, rays.around.direct * rays.around.factor * rays.light
+        by_near = (spread * (r.log_near + r.by_along * r.by_near)).sum(1, keepdim=True)
+        rays.diffuse_ends = by_near @ rays.outer
+        rays.diffuse_optics = torch.cat([self.by_optics(r, spread).sum(1, keepdim=True),
+                                         rays.scattered[..., None]], -1)
+
+    def by_optics(self, rays, share):
+        """Slopes (B, T, 4) in the first optics of what has slopes share (B, T, K) in the logs of shares."""
+        opened, leak = share * rays.open, rays.leak * (1 - rays.ramp.clamp(0, 1)) / rays.passed
+        return torch.stack([(share * rays.inside * rays.per_m).sum(-1), opened.sum(-1) * -0.1,
+                            (opened * rays.ramp).sum(-1) * -rays.width[..., 0], (share * leak).sum(-1)], -1)
+
+    def by_ends(self, rays, share, time=None):
+        """Slopes (B, T, 6) in entry and exit of what has slopes share (B, T, K) in the logs of shares, and
+        time in the arrivals."""
+        along, near = share * rays.by_along, share * rays.log_near
+        if time is not None:
+            along, near = along + time * rays.late_along, near + time * rays.late_near
+        found = ((along @ rays.weights)[..., None] * rays.pmts[:, :, None]).flatten(2) + near @ rays.outer
+        if time is not None:
+            longer = (time @ rays.place)[..., None] * rays.way[:, None] * (1 / simulate_muons.LIGHT)
+            found = found + torch.cat([-longer, longer], -1)
+        return found
+
+    def rises(self, rays):
+        """Slopes (B, T, 6 + K + OPTICS) of the log expected charge in entry, exit, log light and optics."""
+        share, per = rays.part / rays.expected[..., None], 1 / rays.expected[..., None]
+        optics = F.pad(self.by_optics(rays, share), (0, 1)) + rays.diffuse_optics * per
+        return torch.cat([self.by_ends(rays, share) + rays.diffuse_ends * per,
+                          share + rays.diffuse * rays.light * per, optics], -1)
+
+    def chain(self, rays, weights, first_slopes):
+        """Slopes (B, T, 6 + K) in entry, exit, log light of what has slopes `weights` (B, T, n_features) in
+        the features of `seen`; first_slopes (B, T, 6) of the first light's arrival."""
+        soon = [0.5 * w / s for w, s in zip(weights[..., 2:].unbind(-1), rays.soon, strict=True)]
+        whole = weights[..., 0] / 3 - weights[..., 1] * rays.fits
+        whole = whole - sum(w * (s - 1e-3) for w, s in zip(soon, rays.soon, strict=True))
+        whole, *soon = ((w / rays.expected)[..., None] for w in (whole, *soon))
+        early = [e * w for e, w in zip(rays.early, soon, strict=True)]
+        share = rays.part * (whole + early[0] + early[1] + early[2])
+        time = rays.part * (early[0] / -1.5 + early[1] / -5 + early[2] / -15) * rays.later
+        ends = self.by_ends(rays, share, time) - time.sum(-1, keepdim=True) * first_slopes
+        return torch.cat([ends + rays.diffuse_ends * whole, share + rays.diffuse * rays.light * whole], -1)
+
+    def log_likelihood(self, log_expected, event, optics, scattered):
+        """(log-likelihood, its slope and information in log_expected) (B, T) of the logarithms of charges, as
+        `charges` gives them: Student's t with 4 degrees of freedom. scattered (B, T): the share of diffuse
+        light, of which a third is uncertain."""
+        charge, most, typical, crowded = event
+        scatter, counts, kept = optics[..., 5], optics[..., 6], torch.sigmoid(optics[..., 7] - 2.7)
+        kept = (kept + crowded) / (1 + crowded)
+        counts = (1.04 * counts.exp()).square() / log_expected.exp()
+        variance = (0.095 * scatter.exp()).square() + counts + (0.3 * scattered).square()
+        root, narrower = variance.rsqrt(), counts / variance / 2             # as light grows
+        z = (charge.clamp(min=0.3).log() - log_expected) * root
+        full, below, heavy = charge >= 0.999 * most, torch.sigmoid(1.7 * z), 5 / (4 + z.square())
+        logs = torch.where(full, F.logsigmoid(-1.7 * z), -2.5 * torch.log1p(z.square() / 4) + root.log())
+        slope = torch.where(full, 1.7 * below, heavy * z)
+        information = torch.where(full, 2.89 * below * (1 - below), heavy)
+        distance = root * (log_expected - typical.log())
+        above = torch.sigmoid(1.7 * distance)                                # chance to be above the median,
+        norm = kept + (1 - kept) * above                                     # and to be kept
+        rise = 1.7 * (1 - kept) * above * (1 - above) / norm
+        logs = logs - norm.log() + torch.where(charge < typical, kept, 1.0).log()
+        spare = rise * (1.7 * (1 - 2 * above) - rise)
+        information = torch.maximum(information + spare, 0.1 * information)
+        slope = (slope - rise) * root - narrower * (slope * z + rise * distance - (~full).to(z))
+        return logs, slope, information / variance
+
+    @torch.no_grad()
+    def profile(self, rays, event, real, optics, steps):
+        """Log light (B, K) of the pieces, likeliest by the charges alone: in photo-electrons, were the track
+        surrounded by PMTs."""
+        charge, most, *_ = event
+        share = rays.direct + rays.diffuse
+        level = charge.clamp(min=0.3).log() - share.sum(-1).log()
+        level = torch.where(real & (charge < 0.999 * most), level, math.nan).nanmedian(1, keepdim=True).values
+        light = level.nan_to_num(13.0, 13.0, 13.0).repeat(1, self.n_segments)
+        for _ in range(steps):
+            part = share * light.exp()[:, None]
+            expected = part.sum(-1)
+            log_expected = expected.clamp(min=0.1).log()
+            _, slope, information = self.log_likelihood(log_expected, event, optics, 0 * expected)
+            slopes = part / expected[..., None]
+            trust, pull = smoothness(light)
+            normal = (slopes * (information * real)[..., None]).mT @ slopes + torch.diag_embed(trust)
+            pull = pull + (slopes * (slope * real)[..., None]).sum(1)
+            light = light + torch.linalg.solve(normal, pull).nan_to_num(0, 0, 0).clamp(-1, 1)
+        return light
+
+
+def smoothness(light):
+    """(precision, pull) (B, K) of the prior of log light (B, K): Cauchy around the event's level, as showers
+    are rare and bright."""
+    level = light.median(1, keepdim=True).values
+    for _ in range(3):
+        trust = 2 / (0.15 ** 2 + (light - level).square())
+        level = (trust * light).sum(1, keepdim=True) / trust.sum(1, keepdim=True)
+    return trust, trust * (level - light)
+
+
+def charges(x, real):
+    """Charges (B, T) of hits x (B, T, 5); of each event (B, 1) that at which they saturate, or infinity;
+    their median; and how many more than half saturate, from 0 to 1: then these were chosen at random, too."""
+    charge = x[..., 4]
+    most = charge.amax(1, keepdim=True)
+    same = ((charge >= 0.999 * most) & real).sum(1, keepdim=True)
+    typical = torch.where(real, charge, math.nan).nanmedian(1, keepdim=True).values
+    crowded = (2 * same / real.sum(1, keepdim=True) - 1).clamp(min=0).to(charge)
+    return charge, torch.where(same > 4, most, math.inf), typical.clamp(min=0.3), crowded
+
+
 class HitTimes(nn.Module):
-    """The likelihood of the time of a hit, given a track: a mixture of Gaussians and 1% noise, from the
-    geometry of the light that could come first, the charge, and the event's context."""
+    """The likelihood of the time of a hit, given a track and its light: a mixture of Gaussians and 1% noise,
+    from the geometry of the light that could come first, the charge, Light, and the event's context."""
 
     def __init__(self, context, width, n_mixture, n_modes):
         super().__init__()
-        self.first, self.context = nn.Linear(13, width), nn.Linear(context, width, bias=False)
+        self.first = nn.Linear(13 + Light.n_features, width)
+        self.context = nn.Linear(context, width, bias=False)
         self.second, self.last = nn.Linear(width, width), nn.Linear(width, 3 * n_mixture)
         self.modes = nn.Linear(width, n_modes, bias=False)
         nn.init.zeros_(self.last.weight)
         spread = torch.linspace(-3, 3, n_mixture)
         self.last.bias.data = torch.cat([torch.zeros(n_mixture), spread, torch.zeros(n_mixture)])
 
-    def forward(self, entry, exit, x, largest, context):
+    def forward(self, arrival, geometry, seen, x, largest, context):
         """(arrival + delays (B, T, M) in ns, log spreads, log shares, what the arrival gains
-        (B, T, 1 + modes) by a group index 1 larger inside, and by each mode) of hits x (B, T, 5) of tracks
-        with ends (B, T, 3); largest (B,) charge of the event, context (B, C)."""
-        arrival, geometry = fit_muons.first_light(entry, exit, x[..., :3])
+        (B, T, 2 + modes) by group indices 1 larger inside and outside, and by each mode) of hits x (B, T, 5),
+        of what fit_muons.first_light and Light say; largest (B,) charge of the event, context (B, C)."""
         charge = x[..., 4].clamp(min=0.3).log()
         gap = (charge - largest[:, None].clamp(min=0.3).log()).clamp(min=-6)
         light = torch.stack([charge / 3 - 2, gap / 3, (gap * 20).exp(), (geometry[..., 0] <= 0).to(gap),
                              (geometry[..., 0] >= 1).to(gap)], -1)
-        h = F.silu(self.first(torch.cat([geometry, light], -1)) + self.context(context)[:, None])
+        h = F.silu(self.first(torch.cat([geometry, light, seen], -1)) + self.context(context)[:, None])
         h = F.silu(self.second(h))
         shares, delays, spreads = self.last(h).chunk(3, -1)
-        gains = torch.cat([geometry[..., 1:2] * (10 / simulate_muons.LIGHT), 2 * self.modes(h).tanh()], -1)
+        gains = torch.cat([geometry[..., 1:3] * (10 / simulate_muons.LIGHT), 2 * self.modes(h).tanh()], -1)
         delays, spreads = 40 * (delays / 40).tanh(), 1 + 2.5 * (spreads / 2.5).tanh()   # e^-1.5 to e^3.5 ns
         return arrival[..., None] + delays, spreads, shares.log_softmax(-1), gains
 
@@ -275,7 +496,7 @@ class MuonNet(nn.Module):
     def __init__(self, task="regression", n_outputs=6, dim=48, n_layers=2, n_heads=6, hidden_dim=192,
                  norm="pre", readout="learned", output="points", frame="canonical", min_connections=16,
                  dense=False, context=16, hit_dim=48, n_mixture=3, seq_len=2_000, read=1_000, n_modes=4,
-                 refine=4, leaf=16, judge="moments", queries=64):
+                 refine=4, leaf=16, judge="moments", queries=64, segments=16, charges=0.5):
         super().__init__()
         self.sizes = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.task, self.readout, self.output, self.frame, self.dense = task, readout, output, frame, dense
@@ -296,6 +517,7 @@ class MuonNet(nn.Module):
             nn.Linear(wide, 4 * dim), nn.GELU(), nn.Linear(4 * dim, n_outputs + context)
         )
         self.hits = HitTimes(context, hit_dim, n_mixture, n_modes)
+        self.light, self.charges = Light(context, segments), charges
         self.n_context = context
         if task == "regression":                         # at first a track from the entry through the centre
             self.head[2].bias.data[:6] = torch.tensor([0, 0, 1.0, 0, 0, -1.0])
@@ -361,48 +583,75 @@ class MuonNet(nn.Module):
         return ends * simulate_muons.RADIUS
 
     def refine(self, ends, x, real, first, context, steps, graph=False):
-        """Ends after Gauss-Newton steps on the likelihood of the times of hits x, in order of time."""
-        ends = fit_muons.on_sphere(ends)
+        """Ends after Gauss-Newton steps on the likelihood of times and charges of hits x, sorted by time."""
         if not graph:
             ends, context = ends.detach(), context.detach()
+        state = fit_muons.on_sphere(ends), None, ends.new_zeros(len(ends), len(OPTICS)), None
+        charge, *rest = charges(x, real)
         for step in range(steps):
             every = 8 if step < steps - 2 else steps - step         # far from the answer, fewer hits do
-            part = x[:, step % every::every]
-            ends = self.step(ends, part, real[:, step % every::every], first, context,
-                             x[..., 4].amax(1), graph)
-        return ends
+            some = slice(step % every, None, every)
+            state = self.step(*state, x[:, some], real[:, some], first, context, (charge[:, some], *rest),
+                              x[..., 4].amax(1), graph)
+        return state[0]
 
-    def step(self, ends, x, real, first, context, largest, graph):
-        """One Gauss-Newton step of ends and the event's time, no longer than 3 m."""
+    def step(self, ends, light, shift, found, x, real, first, context, event, largest, graph):
+        """One Gauss-Newton step, no longer than 3 m, of ends, log light (B, K) of the pieces (None: by the
+        charges alone), shift (B, OPTICS) of the optics, and what event_time finds (None: anew)."""
         late = (x[..., 3] - first[:, None]).clamp(-100, 600)
+        optics = self.light.detector(context, shift)
+        rays = self.light(ends, x[..., :3], optics)
+        if light is None:
+            light = self.light.profile(rays, event, real, optics, 5)
         with torch.enable_grad():
-            wide = ends[:, :, None].expand(-1, -1, x.shape[1], -1)
-            entry, exit = wide[:, 0].contiguous(), wide[:, 1].contiguous()
+            entry, exit = (ends[:, i, None].expand(-1, x.shape[1], -1).contiguous() for i in (0, 1))
             if not graph:
                 entry, exit = entry.detach().requires_grad_(), exit.detach().requires_grad_()
-            centers, spreads, shares, gains = self.hits(entry, exit, x, largest, context)
-            found = event_time(late, real, centers, spreads, shares, gains, self.index_spread)
-            rest = remaining(late, found, gains)
-            total, information, _ = log_likelihood(rest, centers, spreads, shares)
-            gradient = torch.autograd.grad((total * real).sum(), (entry, exit), create_graph=graph,
-                                           retain_graph=True)
+            arrival, geometry = fit_muons.first_light(entry, exit, x[..., :3])
+            log_expected, seen = self.light.seen(rays, arrival.detach(), light, event[0])
+            inputs = arrival, geometry, seen if graph else seen.detach().requires_grad_()
+            centers, spreads, shares, gains = self.hits(*inputs, x, largest, context)
+            found = event_time(late, real, centers, spreads, shares, gains, self.index_spread, found)
+            total, information, _ = log_likelihood(remaining(late, found, gains), centers, spreads, shares)
             mean = (shares.exp() * centers).sum(-1)
-            slopes = torch.autograd.grad(mean.sum(), (entry, exit), create_graph=graph)
-        across = fit_muons.tangents(ends.detach() if not graph else ends)
-        gradient, slopes = (torch.cat([g @ across[:, i].mT for i, g in enumerate(parts)], -1)
-                            for parts in (gradient, slopes))                       # (B, T, 4)
+            parts = [torch.autograd.grad(value.sum(), inputs, create_graph=graph, retain_graph=True)
+                     for value in (total, mean)] + [(torch.ones_like(arrival), torch.zeros_like(geometry))]
+            weights = [torch.stack([part[i] for part in parts]) for i in (0, 1)]
+            slopes = torch.autograd.grad(inputs[:2], (entry, exit), weights, create_graph=graph,
+                                         is_grads_batched=True)
+        self.light.bend(rays)
+        scattered = rays.scattered / rays.expected
+        _, rise, weight = self.light.log_likelihood(log_expected, event, optics, scattered)
+        rise, weight, rises = self.charges * rise, self.charges * weight, self.light.rises(rays)
+        *slopes, first_slopes = torch.cat(slopes, -1)                       # 3 × (B, T, 6)
+        pull, slopes = (F.pad(own, (0, light.shape[1])) + self.light.chain(rays, part[2], first_slopes)
+                        for own, part in zip(slopes, parts[:2], strict=True))
+        pull = F.pad(pull, (0, len(OPTICS))) + rise[..., None] * rises
+        pull = (pull * real[..., None]).sum(1, keepdim=True)
+        across = fit_muons.tangents(ends if graph else ends.detach()).mT
+        pull, slopes, rises = (
+            torch.cat([v[..., :3] @ across[:, 0], v[..., 3:6] @ across[:, 1], v[..., 6:]], -1)
+            for v in (pull, slopes, rises))
         columns = torch.cat([torch.ones_like(gains[..., :1]), gains], -1)
-        slopes = torch.cat([slopes, columns], -1)
-        weight = information * real
+        slopes = torch.cat([F.pad(slopes, (0, len(OPTICS))), columns], -1)
+        rises = F.pad(rises, (0, columns.shape[-1]))                        # (B, T, 4 + K + OPTICS + columns)
+        information, weight = information * real, weight * real
         if not graph:
-            weight, slopes = weight.detach(), slopes.detach()
-        normal = (slopes * weight[..., None]).mT @ slopes
-        prior = F.pad(precision(self.index_spread, columns), (4, 0))
+            slopes, columns, information = slopes.detach(), columns.detach(), information.detach()
+        normal = (slopes * information[..., None]).mT @ slopes + (rises * weight[..., None]).mT @ rises
+        trust, toward = smoothness(light)
+        known = shift.new_tensor(list(OPTICS.values())) ** -2
+        prior = torch.cat([torch.zeros_like(trust[:, :4]), trust, known.expand_as(shift),
+                           precision(self.index_spread, columns).expand(len(x), -1)], 1)
         normal = normal + torch.diag_embed(1e-3 * normal.diagonal(dim1=1, dim2=2) + prior + 1e-6)
-        pull = F.pad(gradient.sum(1), (0, columns.shape[-1]))        # the others are at their likeliest
-        move = torch.linalg.solve(normal.double(), pull.double())[:, :4].to(ends)
-        size = move.unflatten(-1, (2, 2)).norm(dim=-1).amax(1, keepdim=True)
-        return fit_muons.move(ends, move * (3 / size.clamp(min=3)))
+        pull = F.pad(pull[:, 0], (0, columns.shape[-1]))                    # columns are at their likeliest
+        pull = pull + F.pad(torch.cat([toward, -known * shift], 1), (4, columns.shape[-1]))
+        move = torch.linalg.solve(normal.double(), pull.double()).to(ends).nan_to_num(0, 0, 0)
+        size = move[:, :4].unflatten(-1, (2, 2)).norm(dim=-1).amax(1, keepdim=True)
+        ends = fit_muons.move(ends, move[:, :4] * (3 / size.clamp(min=3)))
+        light, shift = (old + move[:, i:i + old.shape[1]].clamp(-0.7, 0.7)
+                        for old, i in ((light, 4), (shift, 4 + light.shape[1])))
+        return ends, light, shift, found
 
     def schedule(self, density, index_spread):
         """Set what changes during training and stays with the weights."""
@@ -412,15 +661,17 @@ class MuonNet(nn.Module):
 
 
 @torch.no_grad()
-def event_time(late, real, centers, spreads, shares, gains, index_spread):
-    """(B, 2 + modes): the time at which the muon entered, how far the group index inside is from the nominal
-    one, and how much of each mode: the likeliest with Gaussian priors, of index_spread (0: none of these) and
-    1. late (B, T): the hits' times."""
+def event_time(late, real, centers, spreads, shares, gains, index_spread, found=None):
+    """(B, 3 + modes): the time at which the muon entered, how far the group indices inside and outside are
+    from the nominal ones, and how much of each mode: the likeliest with Gaussian priors, of index_spread (0:
+    none of these) and 1. late (B, T): the hits' times; found: a good guess."""
     columns = torch.cat([torch.ones_like(gains[..., :1]), gains], -1)
     prior = precision(index_spread, columns)
     left = torch.where(real, late - (shares.exp() * centers).sum(-1), math.nan)
-    found = F.pad(left.nanmedian(1).values[:, None], (0, gains.shape[-1]))
-    for _ in range(5):
+    steps = 5 if found is None else 2
+    if found is None:
+        found = F.pad(left.nanmedian(1).values[:, None], (0, gains.shape[-1]))
+    for _ in range(steps):
         _, information, slope = log_likelihood(remaining(late, found, gains), centers, spreads, shares)
         normal = (columns * (information * real)[..., None]).mT @ columns + torch.diag(prior)
         pull = (columns * (slope * real)[..., None]).sum(1) - prior * found
@@ -432,7 +683,7 @@ def precision(index_spread, columns):
     """Of the priors of what event_time finds."""
     known = float(index_spread) == 0
     index, mode = (1e12, 1e12) if known else (1 / float(index_spread) ** 2, 1.0)
-    return columns.new_tensor([1e-6, index, *[mode] * (columns.shape[-1] - 2)])
+    return columns.new_tensor([1e-6, index, index, *[mode] * (columns.shape[-1] - 3)])
 
 
 def remaining(late, found, gains):
@@ -450,13 +701,15 @@ def make_model():
                  n_layers=N_LAYERS, n_heads=N_HEADS, hidden_dim=HIDDEN_DIM, norm=NORM, readout=READOUT,
                  output=OUTPUT, frame=FRAME, min_connections=MIN_CONNECTIONS, dense=ATTENTION == "dense",
                  context=CONTEXT, hit_dim=HIT_DIM, n_mixture=MIXTURE, seq_len=SEQ_LEN, read=READ,
-                 n_modes=MODES, refine=REFINE, leaf=LEAF, judge=JUDGE, queries=QUERIES)
+                 n_modes=MODES, refine=REFINE, leaf=LEAF, judge=JUDGE, queries=QUERIES,
+                 segments=SEGMENTS, charges=CHARGES)
     if PRESET == "seed":                                 # but for what the command line gives
         old = dict(dim=48, n_layers=4, n_heads=6, hidden_dim=192, norm="post")
         sizes |= {k: v for k, v in old.items() if k.upper() not in globals().get("_given", ())}
     model = MuonNet(**sizes)
     if TASK != "regression" or not LIKELIHOOD and not (REFINE and REFINED):
-        model.hits.requires_grad_(False)                 # nothing in the loss asks for it
+        model.hits.requires_grad_(False)                 # nothing in the loss asks for them
+        model.light.requires_grad_(False)
     if READOUT == "last":
         for part in (model.pools, model.pooled):
             part.requires_grad_(False)
@@ -498,21 +751,29 @@ def distance(ends, y):
 
 
 def hits_loss(model, out, x, y):
-    """Negative log-likelihood (B,) a hit of the true tracks, what event_time finds integrated out."""
+    """Negative log-likelihood (B,) a hit, of times and charges, of the true tracks; what event_time finds
+    integrated out, the light of the pieces the likeliest."""
     x, real = fit_muons.by_time(x)
     _, first = frames(x, real)
     late = (x[..., 3] - first[:, None]).clamp(-100, 600)
     entry, exit = (y[:, i, None].expand(-1, x.shape[1], -1) for i in (0, 1))
-    *parts, gains = model.hits(entry, exit, x, x[..., 4].amax(1), out["context"])
+    optics, event = model.light.detector(out["context"]), charges(x, real)
+    arrival, geometry = fit_muons.first_light(entry, exit, x[..., :3])
+    rays = model.light(y, x[..., :3], optics)
+    light = model.light.profile(rays, event, real, optics, 12)
+    log_expected, seen = model.light.seen(rays, arrival, light, event[0])
+    scattered = (rays.scattered / rays.expected).detach()
+    logs, *_ = model.light.log_likelihood(log_expected, event, optics, scattered)
+    *parts, gains = model.hits(arrival, geometry, seen.detach(), x, x[..., 4].amax(1), out["context"])
     found = event_time(late, real, *(p.detach() for p in parts), gains.detach(), model.index_spread)
     total, information, _ = log_likelihood(remaining(late, found, gains), *parts)
     if model.index_spread > 0:                           # Laplace: modes no larger than detectors differ
-        modes, weight = gains[..., 1:], (information * real).detach()
-        volume = (modes * weight[..., None]).mT @ modes + torch.eye(modes.shape[-1], device=x.device)
-        spare = 0.5 * torch.logdet(volume) + 0.5 * found[:, 2:].square().sum(1)
+        modes, weight = gains[..., 2:].double(), (information * real).detach()   # float32 loses its sign
+        volume = (modes * weight[..., None]).mT @ modes + torch.eye(modes.shape[-1]).to(modes)
+        spare = 0.5 * torch.logdet(volume).to(x) + 0.5 * found[:, 3:].square().sum(1)
     else:
         spare = 0 * gains.sum((1, 2))
-    return (spare - (total * real).sum(1)) / real.sum(1)
+    return (spare - ((total + logs) * real).sum(1)) / real.sum(1)
 
 
 @torch.no_grad()
@@ -714,7 +975,11 @@ def build(checkpoint):
     if checkpoint["kind"] != "MuonNet":
         raise common.BadInput(f"the checkpoint holds a {checkpoint['kind']}; this works on MuonNet")
     model = MuonNet(**checkpoint["sizes"])
-    model.load_state_dict(checkpoint["model"])
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError:
+        raise common.BadInput("the checkpoint's weights are not of this script's network but of an earlier "
+                              "one; train anew, or use the version it was trained with") from None
     return model
 
 
@@ -746,6 +1011,7 @@ def check_constants(run):
         EVENTS=(EVENTS, 1),
         LEAF=(LEAF, 1),
         QUERIES=(QUERIES, 1),
+        SEGMENTS=(SEGMENTS, 1),
     )
     common.within(10, math.inf, SEQ_LEN=SEQ_LEN, READ=READ)
     common.within(
@@ -771,6 +1037,7 @@ def check_constants(run):
         CONTEXT=CONTEXT,
         MODES=MODES,
         INDEX_SPREAD=INDEX_SPREAD,
+        CHARGES=CHARGES,
         SEED=SEED,
     )
     common.within(1, math.inf, MAX_BAD_STEPS=MAX_BAD_STEPS, MIN_CONNECTIONS=MIN_CONNECTIONS)
