@@ -2230,7 +2230,7 @@ def test_refinement_ends_where_the_posterior_of_times_and_charges_is_largest():
     real = torch.ones(x.shape[:2]).bool()
     first = fit_muons.first_time(x[..., 3], real)
     late, largest = (x[..., 3] - first[:, None]).clamp(-100, 600), x[..., 4].amax(1)
-    event, widths = train_muon_dsa.charges(x, real), torch.tensor(list(train_muon_dsa.OPTICS.values()))
+    event, widths = train_muon_dsa.event_charges(x, real), torch.tensor(list(train_muon_dsa.OPTICS.values()))
 
     def posterior(ends, light, shift, found, level):
         optics = model.light.detector(context, shift)
@@ -2243,7 +2243,7 @@ def test_refinement_ends_where_the_posterior_of_times_and_charges_is_largest():
         scattered = (rays.scattered / rays.expected).detach()
         logs, *_ = model.light.log_likelihood(log_expected, event, optics, scattered)
         return (train_muon_dsa.log_likelihood(rest, *parts)[0].sum(1) - 0.5 * prior
-                + model.charges * logs.sum(1))
+                + model.charge_weight * logs.sum(1))
     state = fit_muons.on_sphere(ends + 0.1 * torch.randn_like(ends)), None, 0 * shift, None
     states = []
     for _ in range(120):
@@ -2333,7 +2333,7 @@ def test_the_light_of_each_piece_is_found_from_charges():
         true = torch.from_numpy(true * 3_000).unflatten(0, (16, -1)).sum(1).log()
         x, optics = torch.from_numpy(hits)[None], L.detector(torch.zeros(1, 2))
         rays, real = L(torch.from_numpy(ends)[None].float(), x[..., :3], optics), torch.ones(1, 2_000).bool()
-        event = train_muon_dsa.charges(x, real)
+        event = train_muon_dsa.event_charges(x, real)
         light = L.profile(rays, event, real, optics, 12)[0]
         crowded.append(float(event[3]))
         assert event[1] == 1500

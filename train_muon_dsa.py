@@ -236,7 +236,8 @@ class Light(nn.Module):
     """The charges of hits, given a track and the light of its pieces: on straight lines, as far as absorption
     and the boundary let it pass, and diffuse, the same everywhere, as in data/simulate_muons.py; the optics
     come from an event's context, at first those of the nominal detector. Charges scatter by a constant share
-    and as counts do; the largest say only "at least so much"; hits below the median were kept at random."""
+    and as counts do; the largest say only "at least so much"; hits below the median were kept at random.
+    `forward` makes the rays; `seen`, then `bend` add to them what `chain` and `rises` ask for."""
 
     n_features = 5
     kinds = (*OPTICS, "scatter", "counts", "kept")
@@ -259,12 +260,15 @@ class Light(nn.Module):
         """Light from pieces at squared radii near (..., K) to PMTs at squared radii far (..., 1), of scalar
         products along (..., K): `direct`, the share that reaches a PMT, and what it is made of."""
         attenuation, edge, slope, leak = (optics[..., i:i + 1] for i in range(4))
-        per_m, width, leak = (-attenuation).exp() / 22, 0.3 * slope.exp(), 0.03 * leak.exp()
+        nominal = simulate_muons.NOMINAL
+        low, high, part = nominal.dark
+        per_m, width = (-attenuation).exp() / nominal.attenuation, (high - low) * slope.exp()
+        leak = part * leak.exp()
         inverse = (far + near - 2 * along).clamp(min=0.01).rsqrt()           # of the distance
         outward = (along - near) * inverse
         cosine = (outward.square() + simulate_muons.RADIUS ** 2 - near).clamp(min=1e-4).sqrt()
         inside = cosine - outward
-        ramp = (cosine * (1 / simulate_muons.RADIUS) - (0.35 + 0.1 * edge)) / width
+        ramp = (cosine * (1 / simulate_muons.RADIUS) - (low + 0.1 * edge)) / width
         passed = leak + (1 - leak) * ramp.clamp(0, 1)
         incident = (far - along) * (simulate_muons.PMT_SIZE ** 2 / 4 * far.rsqrt())
         direct = incident * inverse * inverse.square() * passed * (inside * -per_m).exp()
@@ -289,7 +293,7 @@ class Light(nn.Module):
         far = near.new_full((1, 1, 1), simulate_muons.PMT_RADIUS ** 2)
         around = self.share(near.sqrt() * cosines * simulate_muons.PMT_RADIUS, far, near, optics)
         around.by_near = cosines * (simulate_muons.PMT_RADIUS / 2) * near.rsqrt()
-        around.factor = 0.4 * optics[..., 4:5].exp() * (chords / chords.sum())
+        around.factor = simulate_muons.NOMINAL.diffuse[0] * optics[..., 4:5].exp() * (chords / chords.sum())
         rays.around, rays.diffuse = around, (around.direct * around.factor).sum(1, keepdim=True)
         return rays
 
@@ -377,10 +381,11 @@ class Light(nn.Module):
 
     def log_likelihood(self, log_expected, event, optics, scattered):
         """(log-likelihood, its slope and information in log_expected) (B, T) of the logarithms of charges, as
-        `charges` gives them: Student's t with 4 degrees of freedom. scattered (B, T): the share of diffuse
-        light, of which a third is uncertain."""
+        event_charges gives them: Student's t with 4 degrees of freedom. scattered (B, T): the share of light
+        that is diffuse, of which 30% is uncertain."""
         charge, most, typical, crowded = event
-        scatter, counts, kept = optics[..., 5], optics[..., 6], torch.sigmoid(optics[..., 7] - 2.7)
+        scatter, counts, kept = optics[..., 5:].unbind(-1)
+        kept = torch.sigmoid(kept - 2.7)                     # at first 1,000 of 17,000
         kept = (kept + crowded) / (1 + crowded)
         counts = (1.04 * counts.exp()).square() / log_expected.exp()
         variance = (0.095 * scatter.exp()).square() + counts + (0.3 * scattered).square()
@@ -432,7 +437,7 @@ def smoothness(light):
     return trust, trust * (level - light)
 
 
-def charges(x, real):
+def event_charges(x, real):
     """Charges (B, T) of hits x (B, T, 5); of each event (B, 1) that at which they saturate, or infinity;
     their median; and how many more than half saturate, from 0 to 1: then these were chosen at random, too."""
     charge = x[..., 4]
@@ -496,7 +501,7 @@ class MuonNet(nn.Module):
     def __init__(self, task="regression", n_outputs=6, dim=48, n_layers=2, n_heads=6, hidden_dim=192,
                  norm="pre", readout="learned", output="points", frame="canonical", min_connections=16,
                  dense=False, context=16, hit_dim=48, n_mixture=3, seq_len=2_000, read=1_000, n_modes=4,
-                 refine=4, leaf=16, judge="moments", queries=64, segments=16, charges=0.5):
+                 refine=4, leaf=16, judge="moments", queries=64, segments=16, charge_weight=0.5):
         super().__init__()
         self.sizes = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.task, self.readout, self.output, self.frame, self.dense = task, readout, output, frame, dense
@@ -517,7 +522,7 @@ class MuonNet(nn.Module):
             nn.Linear(wide, 4 * dim), nn.GELU(), nn.Linear(4 * dim, n_outputs + context)
         )
         self.hits = HitTimes(context, hit_dim, n_mixture, n_modes)
-        self.light, self.charges = Light(context, segments), charges
+        self.light, self.charge_weight = Light(context, segments), charge_weight
         self.n_context = context
         if task == "regression":                         # at first a track from the entry through the centre
             self.head[2].bias.data[:6] = torch.tensor([0, 0, 1.0, 0, 0, -1.0])
@@ -587,12 +592,12 @@ class MuonNet(nn.Module):
         if not graph:
             ends, context = ends.detach(), context.detach()
         state = fit_muons.on_sphere(ends), None, ends.new_zeros(len(ends), len(OPTICS)), None
-        charge, *rest = charges(x, real)
+        (charge, *rest), largest = event_charges(x, real), x[..., 4].amax(1)
         for step in range(steps):
             every = 8 if step < steps - 2 else steps - step         # far from the answer, fewer hits do
             some = slice(step % every, None, every)
             state = self.step(*state, x[:, some], real[:, some], first, context, (charge[:, some], *rest),
-                              x[..., 4].amax(1), graph)
+                              largest, graph)
         return state[0]
 
     def step(self, ends, light, shift, found, x, real, first, context, event, largest, graph):
@@ -622,7 +627,7 @@ class MuonNet(nn.Module):
         self.light.bend(rays)
         scattered = rays.scattered / rays.expected
         _, rise, weight = self.light.log_likelihood(log_expected, event, optics, scattered)
-        rise, weight, rises = self.charges * rise, self.charges * weight, self.light.rises(rays)
+        rise, weight, rises = *(self.charge_weight * t for t in (rise, weight)), self.light.rises(rays)
         *slopes, first_slopes = torch.cat(slopes, -1)                       # 3 × (B, T, 6)
         pull, slopes = (F.pad(own, (0, light.shape[1])) + self.light.chain(rays, part[2], first_slopes)
                         for own, part in zip(slopes, parts[:2], strict=True))
@@ -667,9 +672,9 @@ def event_time(late, real, centers, spreads, shares, gains, index_spread, found=
     none of these) and 1. late (B, T): the hits' times; found: a good guess."""
     columns = torch.cat([torch.ones_like(gains[..., :1]), gains], -1)
     prior = precision(index_spread, columns)
-    left = torch.where(real, late - (shares.exp() * centers).sum(-1), math.nan)
-    steps = 5 if found is None else 2
+    steps = 2
     if found is None:
+        steps, left = 5, torch.where(real, late - (shares.exp() * centers).sum(-1), math.nan)
         found = F.pad(left.nanmedian(1).values[:, None], (0, gains.shape[-1]))
     for _ in range(steps):
         _, information, slope = log_likelihood(remaining(late, found, gains), centers, spreads, shares)
@@ -702,7 +707,7 @@ def make_model():
                  output=OUTPUT, frame=FRAME, min_connections=MIN_CONNECTIONS, dense=ATTENTION == "dense",
                  context=CONTEXT, hit_dim=HIT_DIM, n_mixture=MIXTURE, seq_len=SEQ_LEN, read=READ,
                  n_modes=MODES, refine=REFINE, leaf=LEAF, judge=JUDGE, queries=QUERIES,
-                 segments=SEGMENTS, charges=CHARGES)
+                 segments=SEGMENTS, charge_weight=CHARGES)
     if PRESET == "seed":                                 # but for what the command line gives
         old = dict(dim=48, n_layers=4, n_heads=6, hidden_dim=192, norm="post")
         sizes |= {k: v for k, v in old.items() if k.upper() not in globals().get("_given", ())}
@@ -757,7 +762,7 @@ def hits_loss(model, out, x, y):
     _, first = frames(x, real)
     late = (x[..., 3] - first[:, None]).clamp(-100, 600)
     entry, exit = (y[:, i, None].expand(-1, x.shape[1], -1) for i in (0, 1))
-    optics, event = model.light.detector(out["context"]), charges(x, real)
+    optics, event = model.light.detector(out["context"]), event_charges(x, real)
     arrival, geometry = fit_muons.first_light(entry, exit, x[..., :3])
     rays = model.light(y, x[..., :3], optics)
     light = model.light.profile(rays, event, real, optics, 12)
