@@ -229,14 +229,23 @@ class Layer(nn.Module):
 # What charges tell. The slopes are written out, since autograd would go three times through all pairs of hits
 # and pieces of track.
 
-OPTICS = {"attenuation": 0.15, "edge": 0.5, "slope": 0.2, "leak": 0.3, "diffuse": 0.2}  # prior of the steps
+# What the steps fit of the optics: (spread to begin with, farthest from the nominal detector) of logarithms;
+# the edge in tenths
+OPTICS = {"attenuation": (0.15, 0.6), "edge": (0.4, 1.5), "slope": (0.3, 1.5), "leak": (0.4, 1.5),
+          "diffuse": (0.2, 0.9), "yield": (0.2, 0.8)}
+
+
+# Width of the prior of a piece's log light, from the first step on: showers that are found early in the wrong
+# piece would hold the track there
+WIDTHS = (1.0, 0.6, 0.3, 0.15)
 
 
 class Light(nn.Module):
     """The charges of hits, given a track and the light of its pieces: on straight lines, as far as absorption
-    and the boundary let it pass, and diffuse, the same everywhere, as in data/simulate_muons.py; the optics
-    come from an event's context, at first those of the nominal detector. Charges scatter by a constant share
-    and as counts do; the largest say only "at least so much"; hits below the median were kept at random.
+    and the boundary let it pass, and diffuse, the same everywhere, as in data/simulate_muons.py. Most pieces
+    give what a muon gives, a few, in showers, much more. What is known of the optics comes from an event's
+    context, at first those of the nominal detector. Charges scatter by a constant share and as counts do; the
+    largest say only "at least so much"; hits below the median were kept at random.
     `forward` makes the rays; `seen`, then `bend` add to them what `chain` and `rises` ask for."""
 
     n_features = 5
@@ -245,16 +254,43 @@ class Light(nn.Module):
     def __init__(self, context, n_segments):
         super().__init__()
         self.n_segments = n_segments
-        self.optics = nn.Linear(context, len(self.kinds))
+        self.optics = nn.Linear(context, len(self.kinds) + len(OPTICS))
         nn.init.zeros_(self.optics.weight)
         nn.init.zeros_(self.optics.bias)
+        spreads, farthest = torch.tensor(list(OPTICS.values())).T
+        farthest = F.pad(farthest, (0, len(self.kinds) - len(OPTICS)), value=1.5)
+        brighter = F.pad(torch.eye(n_segments), (0, len(OPTICS)))            # than without a shower
+        brighter[:, -1] = -1                                                 # the yield is the last
+        for name, value in (("spreads", spreads), ("farthest", farthest), ("brighter", brighter)):
+            self.register_buffer(name, value, persistent=False)
 
-    def detector(self, context, shift=None):
-        """The optics (B, 1, kinds) of events of some context (B, C), a shift (B, OPTICS) of them added."""
-        optics = 1.5 * (self.optics(context) / 1.5).tanh()
-        if shift is not None:
-            optics = (optics + F.pad(shift, (0, len(self.kinds) - len(OPTICS)))).clamp(-2, 2)
-        return optics[:, None]
+    def detector(self, context):
+        """(the likeliest optics (B, kinds) of events of some context (B, C), their spreads (B, OPTICS))."""
+        optics, spreads = self.optics(context).split((len(self.kinds), len(OPTICS)), -1)
+        optics = self.farthest * (optics / self.farthest).tanh()
+        return optics, self.spreads * (1.5 * (spreads / 1.5).tanh()).exp()
+
+    def moved(self, optics, move):
+        """Optics (B, kinds) after a move (B, OPTICS), no farther than they may be."""
+        move = F.pad(move, (0, len(self.kinds) - len(OPTICS)))
+        return torch.minimum(torch.maximum(optics + move, -self.farthest), self.farthest)
+
+    def level(self, ends, optics):
+        """Log light (B, 1) of a piece of a track with ends (B, 2, 3) that has no shower."""
+        length = (ends[:, 1] - ends[:, 0]).norm(dim=-1, keepdim=True).clamp(min=0.1)
+        photons = simulate_muons.NOMINAL.light_yield * simulate_muons.ENERGY * length / self.n_segments
+        return photons.log() + optics[:, len(OPTICS) - 1:len(OPTICS)]
+
+    def prior(self, light, level, optics, known, width):
+        """(matrix (B, K + OPTICS, K + OPTICS), pull (B, K + OPTICS)) of the priors of log light (B, K),
+        Cauchy of some width around the level, and of the optics, of what `detector` gave."""
+        likeliest, spreads = known
+        over, sure = light - level, spreads ** -2
+        trust = 2 / (width ** 2 + over.square())
+        matrix = (self.brighter.mT * trust[:, None]) @ self.brighter
+        matrix = matrix + torch.diag_embed(F.pad(sure, (light.shape[1], 0)))
+        pull = sure * (likeliest - optics)[:, :len(OPTICS)]
+        return matrix, F.pad(pull, (light.shape[1], 0)) - (trust * over) @ self.brighter
 
     def share(self, along, far, near, optics):
         """Light from pieces at squared radii near (..., K) to PMTs at squared radii far (..., 1), of scalar
@@ -278,7 +314,8 @@ class Light(nn.Module):
 
     def forward(self, ends, pmts, optics):
         """`share` of tracks with ends (B, 2, 3) and PMTs (B, T, 3), with `arrival` (B, T, K), its time in ns,
-        and `diffuse` (B, 1, K), the share that any PMT has; optics (B, 1, kinds)."""
+        and `diffuse` (B, 1, K), the share that any PMT has; optics (B, kinds)."""
+        optics = optics[:, None]
         place = (torch.arange(self.n_segments, device=pmts.device).to(ends) + 0.5) / self.n_segments
         chord = ends[:, 1] - ends[:, 0]
         length = chord.norm(dim=-1, keepdim=True).clamp(min=1e-3)
@@ -360,9 +397,10 @@ class Light(nn.Module):
         return found
 
     def rises(self, rays):
-        """Slopes (B, T, 6 + K + OPTICS) of the log expected charge in entry, exit, log light and optics."""
+        """Slopes (B, T, 6 + K + OPTICS) of the log expected charge in entry, exit, log light and optics (the
+        yield is in the light)."""
         share, per = rays.part / rays.expected[..., None], 1 / rays.expected[..., None]
-        optics = F.pad(self.by_optics(rays, share), (0, 1)) + rays.diffuse_optics * per
+        optics = F.pad(F.pad(self.by_optics(rays, share), (0, 1)) + rays.diffuse_optics * per, (0, 1))
         return torch.cat([self.by_ends(rays, share) + rays.diffuse_ends * per,
                           share + rays.diffuse * rays.light * per, optics], -1)
 
@@ -379,22 +417,23 @@ class Light(nn.Module):
         ends = self.by_ends(rays, share, time) - time.sum(-1, keepdim=True) * first_slopes
         return torch.cat([ends + rays.diffuse_ends * whole, share + rays.diffuse * rays.light * whole], -1)
 
-    def log_likelihood(self, log_expected, event, optics, scattered):
+    def log_likelihood(self, log_expected, event, optics):
         """(log-likelihood, its slope and information in log_expected) (B, T) of the logarithms of charges, as
-        event_charges gives them: Student's t with 4 degrees of freedom. scattered (B, T): the share of light
-        that is diffuse, of which 30% is uncertain."""
+        event_charges gives them: Student's t with 4 degrees of freedom."""
         charge, most, typical, crowded = event
-        scatter, counts, kept = optics[..., 5:].unbind(-1)
+        scatter, counts, kept = optics[:, None, len(OPTICS):].unbind(-1)
         kept = torch.sigmoid(kept - 2.7)                     # at first 1,000 of 17,000
         kept = (kept + crowded) / (1 + crowded)
         counts = (1.04 * counts.exp()).square() / log_expected.exp()
-        variance = (0.095 * scatter.exp()).square() + counts + (0.3 * scattered).square()
+        variance = (0.095 * scatter.exp()).square() + counts
         root, narrower = variance.rsqrt(), counts / variance / 2             # as light grows
         z = (charge.clamp(min=0.3).log() - log_expected) * root
         full, below, heavy = charge >= 0.999 * most, torch.sigmoid(1.7 * z), 5 / (4 + z.square())
         logs = torch.where(full, F.logsigmoid(-1.7 * z), -2.5 * torch.log1p(z.square() / 4) + root.log())
         slope = torch.where(full, 1.7 * below, heavy * z)
-        information = torch.where(full, 2.89 * below * (1 - below), heavy)
+        far = 1.7 * z.clamp(min=1e-3)        # too little light: Jaakkola's bound, as the curve hardly bends
+        bent = torch.where(z > 0, (far / 2).tanh() / (2 * far), below * (1 - below))
+        information = torch.where(full, 2.89 * bent, heavy)
         distance = root * (log_expected - typical.log())
         above = torch.sigmoid(1.7 * distance)                                # chance to be above the median,
         norm = kept + (1 - kept) * above                                     # and to be kept
@@ -406,35 +445,55 @@ class Light(nn.Module):
         return logs, slope, information / variance
 
     @torch.no_grad()
-    def profile(self, rays, event, real, optics, steps):
+    def profile(self, rays, event, real, level, optics, width, steps):
         """Log light (B, K) of the pieces, likeliest by the charges alone: in photo-electrons, were the track
         surrounded by PMTs."""
-        charge, most, *_ = event
-        share = rays.direct + rays.diffuse
-        level = charge.clamp(min=0.3).log() - share.sum(-1).log()
-        level = torch.where(real & (charge < 0.999 * most), level, math.nan).nanmedian(1, keepdim=True).values
-        light = level.nan_to_num(13.0, 13.0, 13.0).repeat(1, self.n_segments)
+        share, light = rays.direct + rays.diffuse, level.expand(-1, self.n_segments)
         for _ in range(steps):
             part = share * light.exp()[:, None]
-            expected = part.sum(-1)
-            log_expected = expected.clamp(min=0.1).log()
-            _, slope, information = self.log_likelihood(log_expected, event, optics, 0 * expected)
-            slopes = part / expected[..., None]
-            trust, pull = smoothness(light)
-            normal = (slopes * (information * real)[..., None]).mT @ slopes + torch.diag_embed(trust)
-            pull = pull + (slopes * (slope * real)[..., None]).sum(1)
-            light = light + torch.linalg.solve(normal, pull).nan_to_num(0, 0, 0).clamp(-1, 1)
+            expected = part.sum(-1).clamp(min=0.1)
+            _, slope, information = self.log_likelihood(expected.log(), event, optics)
+            slopes, over = part / expected[..., None], light - level
+            trust = 2 / (width ** 2 + over.square())
+            normal = (slopes * (information * real)[..., None]).mT @ slopes
+            normal = normal + torch.diag_embed(trust + 0.1 * normal.diagonal(dim1=1, dim2=2))
+            pull = (slopes * (slope * real)[..., None]).sum(1) - trust * over
+            light = light + torch.linalg.solve(normal, pull).nan_to_num(0, 0, 0).clamp(-1.5, 1.5)
         return light
 
-
-def smoothness(light):
-    """(precision, pull) (B, K) of the prior of log light (B, K): Cauchy around the event's level, as showers
-    are rare and bright."""
-    level = light.median(1, keepdim=True).values
-    for _ in range(3):
-        trust = 2 / (0.15 ** 2 + (light - level).square())
-        level = (trust * light).sum(1, keepdim=True) / trust.sum(1, keepdim=True)
-    return trust, trust * (level - light)
+    @torch.no_grad()
+    def settle(self, ends, x, real, event, known, steps, width, light=None, optics=None):
+        """(log light (B, K), optics (B, kinds), their information (B, K + OPTICS, K + OPTICS)), the likeliest
+        by the charges of a track: Levenberg and Marquardt's steps, a step that made it worse taken back."""
+        n, charge, kept, damping = self.n_segments, event[0], None, None
+        optics = known[0] if optics is None else optics
+        for _ in range(steps):
+            rays, level = self(ends, x[..., :3], optics), self.level(ends, optics)
+            if light is None:
+                light = self.profile(rays, event, real, level, optics, width, 8)
+            log_expected, _ = self.seen(rays, torch.zeros_like(charge), light, charge)
+            self.bend(rays)
+            rises = self.rises(rays)[..., 6:]
+            logs, slope, information = self.log_likelihood(log_expected, event, optics)
+            matrix, pull = self.prior(light, level, optics, known, width)
+            matrix = matrix + (rises * (information * real)[..., None]).mT @ rises
+            pull = pull + (rises * (slope * real)[..., None]).sum(1)
+            away = ((optics - known[0])[:, :len(OPTICS)] / known[1]).square().sum(1)
+            value = (logs * real).sum(1) - ((light - level) / width).square().log1p().sum(1) - 0.5 * away
+            found = value, light, optics, matrix, pull
+            if kept is None:
+                damping = torch.zeros_like(value)
+            else:
+                better = value > kept[0]
+                damping = torch.where(better, damping / 10, (10 * damping).clamp(min=0.1))
+                found = [torch.where(better.view(-1, *[1] * (a.ndim - 1)), a, b)
+                         for a, b in zip(found, kept, strict=True)]
+            kept = _, light, optics, matrix, pull = found
+            damped = matrix + torch.diag_embed(damping[:, None] * matrix.diagonal(dim1=1, dim2=2))
+            move = torch.linalg.solve(damped.double(), pull.double()).to(light).nan_to_num(0, 0, 0)
+            move = move.clamp(-1, 1)
+            light, optics = light + move[:, :n], self.moved(optics, move[:, n:])
+        return kept[1:4]
 
 
 def event_charges(x, real):
@@ -446,6 +505,11 @@ def event_charges(x, real):
     typical = torch.where(real, charge, math.nan).nanmedian(1, keepdim=True).values
     crowded = (2 * same / real.sum(1, keepdim=True) - 1).clamp(min=0).to(charge)
     return charge, torch.where(same > 4, most, math.inf), typical.clamp(min=0.3), crowded
+
+
+def some_hits(x, real, event, every, begin=0):
+    """Of hits x (B, T, 5), which are real (B, T) and event_charges: every so-manyeth hit."""
+    return x[:, begin::every], real[:, begin::every], (event[0][:, begin::every], *event[1:])
 
 
 class HitTimes(nn.Module):
@@ -588,26 +652,34 @@ class MuonNet(nn.Module):
         return ends * simulate_muons.RADIUS
 
     def refine(self, ends, x, real, first, context, steps, graph=False):
-        """Ends after Gauss-Newton steps on the likelihood of times and charges of hits x, sorted by time."""
+        """Ends after Gauss-Newton steps on the likelihood of times and charges of hits x, sorted by time;
+        events that moved by more than 6 cm in the last of them go on (but not in training)."""
         if not graph:
             ends, context = ends.detach(), context.detach()
-        state = fit_muons.on_sphere(ends), None, ends.new_zeros(len(ends), len(OPTICS)), None
-        (charge, *rest), largest = event_charges(x, real), x[..., 4].amax(1)
+        known, event, largest = self.light.detector(context), event_charges(x, real), x[..., 4].amax(1)
+        ends = fit_muons.on_sphere(ends)
+        settled = self.light.settle(ends, *some_hits(x, real, event, every=8), known, 6, WIDTHS[0])
+        state = ends, *settled[:2], None
         for step in range(steps):
             every = 8 if step < steps - 2 else steps - step         # far from the answer, fewer hits do
-            some = slice(step % every, None, every)
-            state = self.step(*state, x[:, some], real[:, some], first, context, (charge[:, some], *rest),
-                              largest, graph)
+            before, hits = state[0], some_hits(x, real, event, every, step % every)
+            state = self.step(*state, *hits, first, context, known, largest, WIDTHS[min(step, 3)], graph)
+        rows = torch.arange(len(x), device=x.device)
+        for _ in range(0 if graph else 8):
+            rows = rows[(state[0] - before)[rows].norm(dim=-1).amax(1) > 0.06]
+            if not len(rows):
+                break
+            found = self.step(*(t[rows] for t in (*state, x, real)), [t[rows] for t in event], first[rows],
+                              context[rows], [t[rows] for t in known], largest[rows], WIDTHS[-1], graph)
+            before, state = state[0], [old.index_copy(0, rows, new)
+                                       for old, new in zip(state, found, strict=True)]
         return state[0]
 
-    def step(self, ends, light, shift, found, x, real, first, context, event, largest, graph):
-        """One Gauss-Newton step, no longer than 3 m, of ends, log light (B, K) of the pieces (None: by the
-        charges alone), shift (B, OPTICS) of the optics, and what event_time finds (None: anew)."""
+    def step(self, ends, light, optics, found, x, real, event, first, context, known, largest, width, graph):
+        """One Gauss-Newton step, no longer than 3 m, of ends, log light (B, K) of pieces, optics (B, kinds)
+        known as `Light.detector` says, and what event_time finds (None: anew)."""
         late = (x[..., 3] - first[:, None]).clamp(-100, 600)
-        optics = self.light.detector(context, shift)
-        rays = self.light(ends, x[..., :3], optics)
-        if light is None:
-            light = self.light.profile(rays, event, real, optics, 5)
+        rays, level = self.light(ends, x[..., :3], optics), self.light.level(ends.detach(), optics)
         with torch.enable_grad():
             entry, exit = (ends[:, i, None].expand(-1, x.shape[1], -1).contiguous() for i in (0, 1))
             if not graph:
@@ -625,8 +697,7 @@ class MuonNet(nn.Module):
             slopes = torch.autograd.grad(inputs[:2], (entry, exit), weights, create_graph=graph,
                                          is_grads_batched=True)
         self.light.bend(rays)
-        scattered = rays.scattered / rays.expected
-        _, rise, weight = self.light.log_likelihood(log_expected, event, optics, scattered)
+        _, rise, weight = self.light.log_likelihood(log_expected, event, optics)
         rise, weight, rises = *(self.charge_weight * t for t in (rise, weight)), self.light.rises(rays)
         *slopes, first_slopes = torch.cat(slopes, -1)                       # 3 × (B, T, 6)
         pull, slopes = (F.pad(own, (0, light.shape[1])) + self.light.chain(rays, part[2], first_slopes)
@@ -644,19 +715,17 @@ class MuonNet(nn.Module):
         if not graph:
             slopes, columns, information = slopes.detach(), columns.detach(), information.detach()
         normal = (slopes * information[..., None]).mT @ slopes + (rises * weight[..., None]).mT @ rises
-        trust, toward = smoothness(light)
-        known = shift.new_tensor(list(OPTICS.values())) ** -2
-        prior = torch.cat([torch.zeros_like(trust[:, :4]), trust, known.expand_as(shift),
-                           precision(self.index_spread, columns).expand(len(x), -1)], 1)
-        normal = normal + torch.diag_embed(1e-3 * normal.diagonal(dim1=1, dim2=2) + prior + 1e-6)
+        prior, toward = self.light.prior(light, level, optics, known, width)
+        prior = F.pad(prior, (4, columns.shape[-1], 4, columns.shape[-1]))
+        times = F.pad(precision(self.index_spread, columns), (prior.shape[1] - columns.shape[-1], 0))
+        normal = normal + prior + torch.diag_embed(1e-3 * normal.diagonal(dim1=1, dim2=2) + times + 1e-6)
         pull = F.pad(pull[:, 0], (0, columns.shape[-1]))                    # columns are at their likeliest
-        pull = pull + F.pad(torch.cat([toward, -known * shift], 1), (4, columns.shape[-1]))
+        pull = pull + F.pad(toward, (4, columns.shape[-1]))
         move = torch.linalg.solve(normal.double(), pull.double()).to(ends).nan_to_num(0, 0, 0)
         size = move[:, :4].unflatten(-1, (2, 2)).norm(dim=-1).amax(1, keepdim=True)
         ends = fit_muons.move(ends, move[:, :4] * (3 / size.clamp(min=3)))
-        light, shift = (old + move[:, i:i + old.shape[1]].clamp(-0.7, 0.7)
-                        for old, i in ((light, 4), (shift, 4 + light.shape[1])))
-        return ends, light, shift, found
+        other, n = move[:, 4:].clamp(-0.7, 0.7), light.shape[1]
+        return ends, light + other[:, :n], self.light.moved(optics, other[:, n:n + len(OPTICS)]), found
 
     def schedule(self, density, index_spread):
         """Set what changes during training and stays with the weights."""
@@ -755,29 +824,37 @@ def distance(ends, y):
     return ((ends - y).square().sum(-1) + 4e-6).sqrt().mean(-1)
 
 
-def hits_loss(model, out, x, y):
-    """Negative log-likelihood (B,) a hit, of times and charges, of the true tracks; what event_time finds
-    integrated out, the light of the pieces the likeliest."""
+def hits_loss(model, out, x, y, every=2):
+    """Negative log-likelihood (B,) a hit, of times and charges of `every` second hit, of true tracks; what
+    event_time finds and the optics integrated out (Laplace), the light of the pieces the likeliest."""
     x, real = fit_muons.by_time(x)
     _, first = frames(x, real)
+    hits, largest, L = (x, real, event_charges(x, real)), x[..., 4].amax(1), model.light
+    x, real, event = hits = some_hits(*hits, every)
+    known = L.detector(out["context"])
+    settled = L.settle(y, *some_hits(*hits, every=4), known, 6, WIDTHS[0])
+    light, optics, matrix = L.settle(y, *hits, known, 4, WIDTHS[-1], *settled[:2])
+    arrival, geometry = fit_muons.first_light(*(y[:, i, None].expand(-1, x.shape[1], -1) for i in (0, 1)),
+                                              x[..., :3])
+    log_expected, seen = L.seen(L(y, x[..., :3], optics), arrival, light, event[0])
+    (likeliest, spreads), n = known, len(OPTICS)
+    optics = torch.cat([optics[:, :n], likeliest[:, n:]], 1)
+    logs, *_ = L.log_likelihood(log_expected, event, optics)
+    off, sure = (optics - likeliest)[:, :n] / spreads, F.pad(spreads ** -2, (light.shape[1], 0)).double()
+    volume = torch.logdet(matrix.double() + torch.diag_embed(sure - sure.detach())).to(x)
+    spare = spreads.log().sum(1) + 0.5 * off.square().sum(1) + 0.5 * volume
+    spare = spare + 2 * (likeliest / L.farthest)[:, :n].square().sum(1)      # where hits say nothing: nominal
+
     late = (x[..., 3] - first[:, None]).clamp(-100, 600)
-    entry, exit = (y[:, i, None].expand(-1, x.shape[1], -1) for i in (0, 1))
-    optics, event = model.light.detector(out["context"]), event_charges(x, real)
-    arrival, geometry = fit_muons.first_light(entry, exit, x[..., :3])
-    rays = model.light(y, x[..., :3], optics)
-    light = model.light.profile(rays, event, real, optics, 12)
-    log_expected, seen = model.light.seen(rays, arrival, light, event[0])
-    scattered = (rays.scattered / rays.expected).detach()
-    logs, *_ = model.light.log_likelihood(log_expected, event, optics, scattered)
-    *parts, gains = model.hits(arrival, geometry, seen.detach(), x, x[..., 4].amax(1), out["context"])
+    *parts, gains = model.hits(arrival, geometry, seen, x, largest, out["context"])
     found = event_time(late, real, *(p.detach() for p in parts), gains.detach(), model.index_spread)
     total, information, _ = log_likelihood(remaining(late, found, gains), *parts)
-    if model.index_spread > 0:                           # Laplace: modes no larger than detectors differ
+    if model.index_spread > 0:                           # modes no larger than detectors differ
         modes, weight = gains[..., 2:].double(), (information * real).detach()   # float32 loses its sign
         volume = (modes * weight[..., None]).mT @ modes + torch.eye(modes.shape[-1]).to(modes)
-        spare = 0.5 * torch.logdet(volume).to(x) + 0.5 * found[:, 3:].square().sum(1)
+        spare = spare + 0.5 * torch.logdet(volume).to(x) + 0.5 * found[:, 3:].square().sum(1)
     else:
-        spare = 0 * gains.sum((1, 2))
+        spare = spare + 0 * gains.sum((1, 2))
     return (spare - ((total + logs) * real).sum(1)) / real.sum(1)
 
 

@@ -11,7 +11,7 @@ sphere in m; and event.png. Event i depends on (SEED, i) alone, however many pro
 The generative model, in a detector like JUNO's (arXiv 1507.05613):
 - Track: straight, at the speed of light; zenith angle with density cos² theta, going down; the point of
   closest approach uniform on the disc across the track, up to 17.5 m from the centre of the 17.7 m sphere.
-- Energy: 200 MeV/m, 10% fluctuation in each of 128 slices; showers, 0.08 per metre, spectrum E^-1.5 between
+- Energy: ENERGY, 10% fluctuation in each of 128 slices; showers, 0.08 per metre, spectrum E^-1.5 between
   50 MeV and 20 GeV, spread over 1.5 m.
 - Light: 10,000 photons/MeV, 30% of them detectable, isotropic, on straight lines to 17,612 PMTs of 0.254 m
   radius on a Fibonacci sphere of 19.5 m: solid angle with the cosine of incidence, attenuation inside, a
@@ -49,6 +49,7 @@ WORKERS = 0            # processes; 0 = one a core
 FREE = ("OUT", "NAME", "EVENTS", "WORKERS", "FREE")  # constants that change no event
 
 RADIUS = 17.7          # of the scintillator, m
+ENERGY = 200.0         # that a muon leaves, MeV/m
 PMT_RADIUS = 19.5      # of the sphere of PMTs, m
 N_PMTS = 17_612
 PMT_SIZE = 0.254       # radius of a PMT, m
@@ -133,7 +134,7 @@ def track(rng):
 def energies(rng, length):
     """MeV (SLICES,) that a track of this length leaves in each slice."""
     step = length / SLICES
-    left = 200 * step * np.maximum(0, 1 + 0.1 * rng.standard_normal(SLICES))
+    left = ENERGY * step * np.maximum(0, 1 + 0.1 * rng.standard_normal(SLICES))
     for _ in range(rng.poisson(0.08 * length)):
         low, high = 50 ** -0.5, 20_000 ** -0.5
         energy = (low - rng.random() * (low - high)) ** -2
