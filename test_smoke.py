@@ -2226,10 +2226,13 @@ def first_light_of(x, ends):
     return fit_muons.first_light(*(ends[:, i, None].expand(-1, x.shape[1], -1) for i in (0, 1)), x[..., :3])
 
 
-def test_refinement_ends_where_the_posterior_of_times_and_charges_is_largest():
-    """Autograd finds no slope left there, in ends, light and optics, and the posterior has grown."""
+@pytest.mark.parametrize("limit", [1.0, 0.3])
+def test_refinement_ends_where_the_posterior_of_times_and_charges_is_largest(limit):
+    """Autograd finds no slope left there, in ends, light and optics, and the posterior has grown; also where
+    optics are as far as they may be."""
     model, x, ends, _, _, context = muon_case(400)
     L, real = model.light, torch.ones(x.shape[:2]).bool()
+    L.farthest[:6] *= limit
     first = fit_muons.first_time(x[..., 3], real)
     late, largest = (x[..., 3] - first[:, None]).clamp(-100, 600), x[..., 4].amax(1)
     event, known = train_muon_dsa.event_charges(x, real), [k.detach() for k in L.detector(context)]
@@ -2265,7 +2268,28 @@ def test_refinement_ends_where_the_posterior_of_times_and_charges_is_largest():
     assert along.abs().max() < 0.04 * steep[1].abs().max(), (along, steep[1])
     assert detector.abs().max() < 0.02 * steep[2].abs().max(), (detector, steep[2])
     assert (value > start).all()
+    assert limit == 1.0 or (state[2].abs() >= L.farthest - 1e-6).any()
     close(state[0].norm(dim=-1), torch.full((2, 2), simulate_muons.RADIUS, dtype=torch.double), 1e-9)
+
+
+def test_events_that_still_move_get_more_steps_and_the_others_stay():
+    model, x, ends, _, _, context = muon_case(400, 4)
+    real, steps, step = torch.ones(4, 400).bool(), [], model.step
+
+    def counted(*arguments):
+        steps.append((arguments[0], step(*arguments)[0]))
+        return step(*arguments)
+    model.step = counted
+    start = fit_muons.on_sphere(ends + torch.tensor([0, 0.1, 1, 2])[:, None, None] * torch.randn_like(ends))
+    found = model.refine(start, x, real, fit_muons.first_time(x[..., 3], real), context, 4)
+    answer, rows = steps[3][1].clone(), torch.arange(4)
+    for (before, after), (again, last) in itertools.pairwise(steps[3:]):
+        rows = rows[(after - before).norm(dim=-1).amax(1) > 0.06]
+        assert torch.equal(again, answer[rows])
+        answer[rows] = last
+    assert torch.equal(found, answer)
+    assert len({len(last) for _, last in steps}) > 1 and 4 < len(steps) < 12, [len(last) for _, last in steps]
+    assert ((steps[-1][1] - steps[-1][0]).norm(dim=-1) < 0.06).all()
 
 
 def test_slopes_of_light_are_those_of_autograd():
@@ -2346,7 +2370,7 @@ def test_the_light_of_each_piece_is_found_from_charges():
     for case in ((3, ((10.56, -9.85, 10.24), (-1.99, -17.09, 4.17))), (0,), (1,), (4,)):
         L, ends, x, real, event, true = simulated_light(*case)
         known, found = (torch.zeros(1, len(L.kinds)), torch.full((1, 6), 0.05)), ()
-        for width in train_muon_dsa.WIDTHS:
+        for width in L.widths:
             found = L.settle(ends, x, real, event, known, 6, width, *found[:2])
         light = found[0][0]
         crowded.append(float(event[3]))
@@ -2383,24 +2407,32 @@ def test_light_and_optics_settle_where_charges_are_as_likely_as_with_the_true_on
 
 def test_training_learns_the_optics_of_a_detector():
     """From what settles at the true tracks: without anything else to go by, the context learns attenuation,
-    leak, diffuse light and yield of a stressed detector, and how well each is known."""
+    leak, diffuse light and yield of a stressed detector. A spread's slope is zero where its square is that of
+    the settled optics' distance and uncertainty."""
     torch.manual_seed(0)
     detector, rng, model = simulate_muons.STRESSED, np.random.default_rng(5), train_muon_dsa.MuonNet()
     nominal, events = simulate_muons.NOMINAL, [simulate_muons.event(rng, detector) for _ in range(12)]
     x, y = (torch.from_numpy(np.stack(v)).float() for v in
             ([e[0] for e in events], [np.stack(e[1:]) for e in events]))
-    context, bias = torch.zeros(12, 16), model.light.optics.bias
-    optimizer = torch.optim.Adam([bias], 0.05)
-    for _ in range(40):
+    context, L = torch.zeros(12, 16), model.light
+    hits = x, torch.ones(x.shape[:2]).bool(), train_muon_dsa.event_charges(x, torch.ones(x.shape[:2]).bool())
+    hits, known = train_muon_dsa.some_hits(*hits, 4), [v.detach() for v in L.detector(context)]
+    first = L.settle(y, *train_muon_dsa.some_hits(*hits, 4), known, 6, L.widths[0])
+    _, optics, matrix = L.settle(y, *hits, known, 4, L.widths[-1], *first[:2])
+    unsure = torch.linalg.inv(matrix.double()).diagonal(dim1=1, dim2=2)[:, -6:]
+    wanted = 1 - ((optics - known[0])[:, :6].square() + unsure) / known[1].square()
+    (500 * train_muon_dsa.hits_loss(model, {"context": context}, x, y, every=4)).sum().backward()
+    close(L.optics.bias.grad[-6:].double(), wanted.sum(0), 1e-3)
+    optimizer = torch.optim.Adam([L.optics.bias], 0.07)
+    for _ in range(60):
         optimizer.zero_grad()
         train_muon_dsa.hits_loss(model, {"context": context}, x, y, every=4).mean().backward()
         optimizer.step()
-    found, spreads = (v[0].detach() for v in model.light.detector(context))
-    wanted = {0: math.log(detector.attenuation / nominal.attenuation), 4: math.log(0.55 / 0.4),
-              5: math.log(detector.light_yield / nominal.light_yield)}
+    found = L.detector(context)[0][0].detach()
+    wanted = {0: math.log(detector.attenuation / nominal.attenuation), 3: math.log(0.05 / 0.03),
+              4: math.log(0.55 / 0.4), 5: math.log(detector.light_yield / nominal.light_yield)}
     for kind, value in wanted.items():
-        assert abs(found[kind] - value) < 0.5 * abs(value), (found, wanted)
-    assert (spreads[[0, 4, 5]] < model.light.spreads[[0, 4, 5]]).all(), spreads
+        assert abs(found[kind] - value) < 0.2 * abs(value), (found, wanted)
 
 
 def test_the_time_indices_and_modes_of_an_event_are_found_from_its_hits():
@@ -2591,6 +2623,7 @@ def test_muon_network_learns_far_below_the_mean_track(train_muons, muons, tmp_pa
 
 def test_the_seed_preset_and_other_tasks_train(train_muons, muons, tmp_path):
     assert "test_angle_deg" in train_muons(PRESET="seed", READOUT="last", STEPS=3)
+    assert train_muons(DTYPE="bfloat16", STEPS=2)["test_angle_deg"][0] < 45
     x, y = fit_muons.read(str(muons / "muons-*.pt"))
     label = (y[:, 0, 2] > y[:, 0, 2].median()).long()                       # does it enter high up
     torch.save({"data": x, "targets": label, "note": "ignored"}, tmp_path / "labels.pt")

@@ -235,11 +235,6 @@ OPTICS = {"attenuation": (0.15, 0.6), "edge": (0.4, 1.5), "slope": (0.3, 1.5), "
           "diffuse": (0.2, 0.9), "yield": (0.2, 0.8)}
 
 
-# Width of the prior of a piece's log light, from the first step on: showers that are found early in the wrong
-# piece would hold the track there
-WIDTHS = (1.0, 0.6, 0.3, 0.15)
-
-
 class Light(nn.Module):
     """The charges of hits, given a track and the light of its pieces: on straight lines, as far as absorption
     and the boundary let it pass, and diffuse, the same everywhere, as in data/simulate_muons.py. Most pieces
@@ -250,6 +245,7 @@ class Light(nn.Module):
 
     n_features = 5
     kinds = (*OPTICS, "scatter", "counts", "kept")
+    widths = 1.0, 0.6, 0.3, 0.15                             # of the prior of log light, in the last steps
 
     def __init__(self, context, n_segments):
         super().__init__()
@@ -269,6 +265,12 @@ class Light(nn.Module):
         optics, spreads = self.optics(context).split((len(self.kinds), len(OPTICS)), -1)
         optics = self.farthest * (optics / self.farthest).tanh()
         return optics, self.spreads * (1.5 * (spreads / 1.5).tanh()).exp()
+
+    def held(self, optics, pull):
+        """(B, OPTICS): infinite, nearly, where a pull (B, OPTICS) is out of what optics may be, to add to the
+        diagonal of a step's matrix, so that nothing else reckons with a move that is not made."""
+        at, pulled = optics[:, :len(OPTICS)], optics[:, :len(OPTICS)] * pull > 0
+        return 1e9 * (pulled & (at.abs() >= self.farthest[:len(OPTICS)] - 1e-6))
 
     def moved(self, optics, move):
         """Optics (B, kinds) after a move (B, OPTICS), no farther than they may be."""
@@ -446,8 +448,8 @@ class Light(nn.Module):
 
     @torch.no_grad()
     def profile(self, rays, event, real, level, optics, width, steps):
-        """Log light (B, K) of the pieces, likeliest by the charges alone: in photo-electrons, were the track
-        surrounded by PMTs."""
+        """Log light (B, K) of the pieces, likeliest by charges and its prior: in photo-electrons, were the
+        track surrounded by PMTs."""
         share, light = rays.direct + rays.diffuse, level.expand(-1, self.n_segments)
         for _ in range(steps):
             part = share * light.exp()[:, None]
@@ -464,14 +466,15 @@ class Light(nn.Module):
     @torch.no_grad()
     def settle(self, ends, x, real, event, known, steps, width, light=None, optics=None):
         """(log light (B, K), optics (B, kinds), their information (B, K + OPTICS, K + OPTICS)), the likeliest
-        by the charges of a track: Levenberg and Marquardt's steps, a step that made it worse taken back."""
-        n, charge, kept, damping = self.n_segments, event[0], None, None
-        optics = known[0] if optics is None else optics
-        for _ in range(steps):
+        of a track by the charges and the priors: Levenberg and Marquardt's steps, a step that made it worse
+        taken back."""
+        n, kept, damping = self.n_segments, None, None
+        if light is None:
+            rays, optics = self(ends, x[..., :3], known[0]), known[0]
+            light = self.profile(rays, event, real, self.level(ends, optics), optics, width, 8)
+        for step in range(steps):
             rays, level = self(ends, x[..., :3], optics), self.level(ends, optics)
-            if light is None:
-                light = self.profile(rays, event, real, level, optics, width, 8)
-            log_expected, _ = self.seen(rays, torch.zeros_like(charge), light, charge)
+            log_expected, _ = self.seen(rays, torch.zeros_like(event[0]), light, event[0])
             self.bend(rays)
             rises = self.rises(rays)[..., 6:]
             logs, slope, information = self.log_likelihood(log_expected, event, optics)
@@ -489,11 +492,13 @@ class Light(nn.Module):
                 found = [torch.where(better.view(-1, *[1] * (a.ndim - 1)), a, b)
                          for a, b in zip(found, kept, strict=True)]
             kept = _, light, optics, matrix, pull = found
-            damped = matrix + torch.diag_embed(damping[:, None] * matrix.diagonal(dim1=1, dim2=2))
-            move = torch.linalg.solve(damped.double(), pull.double()).to(light).nan_to_num(0, 0, 0)
-            move = move.clamp(-1, 1)
+            if step == steps - 1:
+                return light, optics, matrix
+            damped = matrix.diagonal(dim1=1, dim2=2) * damping[:, None]
+            damped = matrix + torch.diag_embed(damped + F.pad(self.held(optics, pull[:, n:]), (n, 0)))
+            move = torch.linalg.solve(damped.double(), pull.double())
+            move = move.to(light).nan_to_num(0, 0, 0).clamp(-1, 1)
             light, optics = light + move[:, :n], self.moved(optics, move[:, n:])
-        return kept[1:4]
 
 
 def event_charges(x, real):
@@ -617,9 +622,9 @@ class MuonNet(nn.Module):
         if self.task != "regression":
             return {"logits": y[:, :y.shape[1] - self.n_context], "statistics": statistics}
         answer, context = y[:, :6].unflatten(1, (2, 3)), y[:, 6:]
-        out = {"context": context, "statistics": statistics, "ends": self.ends(answer) @ rotation}
-        if refine:
-            with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
+            out = {"context": context, "statistics": statistics, "ends": self.ends(answer) @ rotation}
+            if refine:
                 out["refined"] = self.refine(out["ends"], x, real, first, context, refine, graph)
         return out
 
@@ -656,21 +661,23 @@ class MuonNet(nn.Module):
         events that moved by more than 6 cm in the last of them go on (but not in training)."""
         if not graph:
             ends, context = ends.detach(), context.detach()
-        known, event, largest = self.light.detector(context), event_charges(x, real), x[..., 4].amax(1)
+        known = [k if graph else k.detach() for k in self.light.detector(context)]
+        event, largest = event_charges(x, real), x[..., 4].amax(1)
         ends = fit_muons.on_sphere(ends)
-        settled = self.light.settle(ends, *some_hits(x, real, event, every=8), known, 6, WIDTHS[0])
+        settled = self.light.settle(ends, *some_hits(x, real, event, every=8), known, 6, self.light.widths[0])
         state = ends, *settled[:2], None
         for step in range(steps):
             every = 8 if step < steps - 2 else steps - step         # far from the answer, fewer hits do
             before, hits = state[0], some_hits(x, real, event, every, step % every)
-            state = self.step(*state, *hits, first, context, known, largest, WIDTHS[min(step, 3)], graph)
+            width = self.light.widths[max(step - steps, -len(self.light.widths))]
+            state = self.step(*state, *hits, first, context, known, largest, width, graph)
         rows = torch.arange(len(x), device=x.device)
         for _ in range(0 if graph else 8):
             rows = rows[(state[0] - before)[rows].norm(dim=-1).amax(1) > 0.06]
             if not len(rows):
                 break
             found = self.step(*(t[rows] for t in (*state, x, real)), [t[rows] for t in event], first[rows],
-                              context[rows], [t[rows] for t in known], largest[rows], WIDTHS[-1], graph)
+                              context[rows], [t[rows] for t in known], largest[rows], width, graph)
             before, state = state[0], [old.index_copy(0, rows, new)
                                        for old, new in zip(state, found, strict=True)]
         return state[0]
@@ -720,7 +727,9 @@ class MuonNet(nn.Module):
         times = F.pad(precision(self.index_spread, columns), (prior.shape[1] - columns.shape[-1], 0))
         normal = normal + prior + torch.diag_embed(1e-3 * normal.diagonal(dim1=1, dim2=2) + times + 1e-6)
         pull = F.pad(pull[:, 0], (0, columns.shape[-1]))                    # columns are at their likeliest
-        pull = pull + F.pad(toward, (4, columns.shape[-1]))
+        pull, n = pull + F.pad(toward, (4, columns.shape[-1])), 4 + light.shape[1]
+        held = self.light.held(optics, pull[:, n:n + len(OPTICS)])
+        normal = normal + torch.diag_embed(F.pad(held, (n, columns.shape[-1])))
         move = torch.linalg.solve(normal.double(), pull.double()).to(ends).nan_to_num(0, 0, 0)
         size = move[:, :4].unflatten(-1, (2, 2)).norm(dim=-1).amax(1, keepdim=True)
         ends = fit_muons.move(ends, move[:, :4] * (3 / size.clamp(min=3)))
@@ -832,8 +841,8 @@ def hits_loss(model, out, x, y, every=2):
     hits, largest, L = (x, real, event_charges(x, real)), x[..., 4].amax(1), model.light
     x, real, event = hits = some_hits(*hits, every)
     known = L.detector(out["context"])
-    settled = L.settle(y, *some_hits(*hits, every=4), known, 6, WIDTHS[0])
-    light, optics, matrix = L.settle(y, *hits, known, 4, WIDTHS[-1], *settled[:2])
+    settled = L.settle(y, *some_hits(*hits, every=4), known, 6, L.widths[0])
+    light, optics, matrix = L.settle(y, *hits, known, 4, L.widths[-1], *settled[:2])
     arrival, geometry = fit_muons.first_light(*(y[:, i, None].expand(-1, x.shape[1], -1) for i in (0, 1)),
                                               x[..., :3])
     log_expected, seen = L.seen(L(y, x[..., :3], optics), arrival, light, event[0])
@@ -843,7 +852,6 @@ def hits_loss(model, out, x, y, every=2):
     off, sure = (optics - likeliest)[:, :n] / spreads, F.pad(spreads ** -2, (light.shape[1], 0)).double()
     volume = torch.logdet(matrix.double() + torch.diag_embed(sure - sure.detach())).to(x)
     spare = spreads.log().sum(1) + 0.5 * off.square().sum(1) + 0.5 * volume
-    spare = spare + 2 * (likeliest / L.farthest)[:, :n].square().sum(1)      # where hits say nothing: nominal
 
     late = (x[..., 3] - first[:, None]).clamp(-100, 600)
     *parts, gains = model.hits(arrival, geometry, seen, x, largest, out["context"])
