@@ -2272,7 +2272,7 @@ def test_refinement_ends_where_the_posterior_of_times_and_charges_is_largest(lim
     close(state[0].norm(dim=-1), torch.full((2, 2), simulate_muons.RADIUS, dtype=torch.double), 1e-9)
 
 
-def test_events_that_still_move_get_more_steps_and_the_others_stay():
+def test_events_that_still_move_get_more_steps_and_those_far_off_begin_again():
     model, x, ends, _, _, context = muon_case(400, 4)
     real, steps, step = torch.ones(4, 400).bool(), [], model.step
 
@@ -2281,15 +2281,20 @@ def test_events_that_still_move_get_more_steps_and_the_others_stay():
         return step(*arguments)
     model.step = counted
     start = fit_muons.on_sphere(ends + torch.tensor([0, 0.1, 1, 2])[:, None, None] * torch.randn_like(ends))
-    found = model.refine(start, x, real, fit_muons.first_time(x[..., 3], real), context, 4)
+    first = fit_muons.first_time(x[..., 3], real)
+    found = model.refine(start, x, real, first, context, 4, again=False)
     answer, rows = steps[3][1].clone(), torch.arange(4)
     for (before, after), (again, last) in itertools.pairwise(steps[3:]):
-        rows = rows[(after - before).norm(dim=-1).amax(1) > 0.06]
+        rows = rows[(after - before).norm(dim=-1).amax(1) > 0.1]
         assert torch.equal(again, answer[rows])
         answer[rows] = last
     assert torch.equal(found, answer)
     assert len({len(last) for _, last in steps}) > 1 and 4 < len(steps) < 12, [len(last) for _, last in steps]
-    assert ((steps[-1][1] - steps[-1][0]).norm(dim=-1) < 0.06).all()
+    assert ((steps[-1][1] - steps[-1][0]).norm(dim=-1) < 0.1).all()
+    far = (found - start).norm(dim=-1).amax(1) > 1
+    assert far.any() and not far.all()
+    found[far] = model.refine(found[far], x[far], real[far], first[far], context[far], 6, again=False)
+    assert torch.equal(model.refine(start, x, real, first, context, 4), found)
 
 
 def test_slopes_of_light_are_those_of_autograd():

@@ -54,7 +54,7 @@ MIN_CONNECTIONS = 16  # keys that every query has at least
 LEAF = 16             # hits of a block, about; flex_attention wants 16 at least
 QUERIES = 64          # hits, about, that choose blocks together
 JUDGE = "moments"     # of blocks: their means and variances; "keys": nearer the attention, 20% slower
-REFINE = 4            # Gauss-Newton steps on the learned likelihood; 0 = the first answer is the answer
+REFINE = 3            # Gauss-Newton steps on the learned likelihood; 0 = the first answer is the answer
 SEGMENTS = 16         # equal pieces of the track whose light the steps fit, too
 CHARGES = 0.5         # weight of charges against times in the steps: their errors are common to many hits
 MIXTURE = 3           # Gaussians of a hit's time
@@ -570,7 +570,7 @@ class MuonNet(nn.Module):
     def __init__(self, task="regression", n_outputs=6, dim=48, n_layers=2, n_heads=6, hidden_dim=192,
                  norm="pre", readout="learned", output="points", frame="canonical", min_connections=16,
                  dense=False, context=16, hit_dim=48, n_mixture=3, seq_len=2_000, read=1_000, n_modes=4,
-                 refine=4, leaf=16, judge="moments", queries=64, segments=16, charge_weight=0.5):
+                 refine=3, leaf=16, judge="moments", queries=64, segments=16, charge_weight=0.5):
         super().__init__()
         self.sizes = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.task, self.readout, self.output, self.frame, self.dense = task, readout, output, frame, dense
@@ -656,15 +656,16 @@ class MuonNet(nn.Module):
         ends = torch.stack([entry, entry - 2 * (entry * way).sum(-1, keepdim=True) * way], 1)
         return ends * simulate_muons.RADIUS
 
-    def refine(self, ends, x, real, first, context, steps, graph=False):
-        """Ends after Gauss-Newton steps on the likelihood of times and charges of hits x, sorted by time;
-        events that moved by more than 6 cm in the last of them go on (but not in training)."""
+    def refine(self, ends, x, real, first, context, steps, graph=False, again=True):
+        """Ends after Gauss-Newton steps on the likelihood of times and charges of hits x, sorted by time. But
+        for training, events that moved by more than 10 cm in the last of them go on, and those that end more
+        than 1 m from where they began, with light that was found there, begin again."""
         if not graph:
             ends, context = ends.detach(), context.detach()
         known = [k if graph else k.detach() for k in self.light.detector(context)]
         event, largest = event_charges(x, real), x[..., 4].amax(1)
         ends = fit_muons.on_sphere(ends)
-        settled = self.light.settle(ends, *some_hits(x, real, event, every=8), known, 6, self.light.widths[0])
+        settled = self.light.settle(ends, *some_hits(x, real, event, every=8), known, 4, self.light.widths[0])
         state = ends, *settled[:2], None
         for step in range(steps):
             every = 8 if step < steps - 2 else steps - step         # far from the answer, fewer hits do
@@ -673,14 +674,18 @@ class MuonNet(nn.Module):
             state = self.step(*state, *hits, first, context, known, largest, width, graph)
         rows = torch.arange(len(x), device=x.device)
         for _ in range(0 if graph else 8):
-            rows = rows[(state[0] - before)[rows].norm(dim=-1).amax(1) > 0.06]
+            rows = rows[(state[0] - before)[rows].norm(dim=-1).amax(1) > 0.1]
             if not len(rows):
                 break
             found = self.step(*(t[rows] for t in (*state, x, real)), [t[rows] for t in event], first[rows],
                               context[rows], [t[rows] for t in known], largest[rows], width, graph)
             before, state = state[0], [old.index_copy(0, rows, new)
                                        for old, new in zip(state, found, strict=True)]
-        return state[0]
+        far = ((state[0] - ends).norm(dim=-1).amax(1) > 1).nonzero()[:, 0]
+        if graph or not again or not len(far):
+            return state[0]
+        given = (t[far] for t in (state[0], x, real, first, context))
+        return state[0].index_copy(0, far, self.refine(*given, steps + 2, again=False))
 
     def step(self, ends, light, optics, found, x, real, event, first, context, known, largest, width, graph):
         """One Gauss-Newton step, no longer than 3 m, of ends, log light (B, K) of pieces, optics (B, kinds)
