@@ -228,7 +228,7 @@ class Layer(nn.Module):
 
 # What charges tell. The slopes are written out, since autograd would go three times through all pairs of hits
 # and pieces of track.
-
+#
 # What the steps fit of the optics: (spread to begin with, farthest from the nominal detector) of logarithms;
 # the edge in tenths
 OPTICS = {"attenuation": (0.15, 0.6), "edge": (0.4, 1.5), "slope": (0.3, 1.5), "leak": (0.4, 1.5),
@@ -426,6 +426,7 @@ class Light(nn.Module):
         scatter, counts, kept = optics[:, None, len(OPTICS):].unbind(-1)
         kept = torch.sigmoid(kept - 2.7)                     # at first 1,000 of 17,000
         kept = (kept + crowded) / (1 + crowded)
+        # At first as in the simulation: 8% and 5% a PMT; counting, and 30% a photo-electron
         counts = (1.04 * counts.exp()).square() / log_expected.exp()
         variance = (0.095 * scatter.exp()).square() + counts
         root, narrower = variance.rsqrt(), counts / variance / 2             # as light grows
@@ -433,7 +434,8 @@ class Light(nn.Module):
         full, below, heavy = charge >= 0.999 * most, torch.sigmoid(1.7 * z), 5 / (4 + z.square())
         logs = torch.where(full, F.logsigmoid(-1.7 * z), -2.5 * torch.log1p(z.square() / 4) + root.log())
         slope = torch.where(full, 1.7 * below, heavy * z)
-        far = 1.7 * z.clamp(min=1e-3)        # too little light: Jaakkola's bound, as the curve hardly bends
+        # Where there is far too little light, the curve hardly bends: Jaakkola and Jordan's bound (2000)
+        far = 1.7 * z.clamp(min=1e-3)
         bent = torch.where(z > 0, (far / 2).tanh() / (2 * far), below * (1 - below))
         information = torch.where(full, 2.89 * bent, heavy)
         distance = root * (log_expected - typical.log())
@@ -839,7 +841,7 @@ def distance(ends, y):
 
 
 def hits_loss(model, out, x, y, every=2):
-    """Negative log-likelihood (B,) a hit, of times and charges of `every` second hit, of true tracks; what
+    """Negative log-likelihood (B,) a hit, of times and charges of every so-manyeth hit, of true tracks; what
     event_time finds and the optics integrated out (Laplace), the light of the pieces the likeliest."""
     x, real = fit_muons.by_time(x)
     _, first = frames(x, real)
