@@ -241,7 +241,7 @@ class Light(nn.Module):
     give what a muon gives, a few, in showers, much more. What is known of the optics comes from an event's
     context, at first those of the nominal detector. Charges scatter by a constant share and as counts do; the
     largest say only "at least so much"; hits below the median were kept at random.
-    `forward` makes the rays; `seen`, then `bend` add to them what `chain` and `rises` ask for."""
+    `forward` makes the rays; `expect`, `seen`, `bend` add to them what `chain` and `rises` ask for."""
 
     n_features = 5
     kinds = (*OPTICS, "scatter", "counts", "kept")
@@ -307,12 +307,14 @@ class Light(nn.Module):
         cosine = (outward.square() + simulate_muons.RADIUS ** 2 - near).clamp(min=1e-4).sqrt()
         inside = cosine - outward
         ramp = (cosine * (1 / simulate_muons.RADIUS) - (low + 0.1 * edge)) / width
-        passed = leak + (1 - leak) * ramp.clamp(0, 1)
+        part_open = ramp.clamp(0, 1)
+        passed = leak + (1 - leak) * part_open
+        by_ramp = ((ramp > 0) & (ramp < 1)) * ((1 - leak) / width) / passed
         incident = (far - along) * (simulate_muons.PMT_SIZE ** 2 / 4 * far.rsqrt())
         direct = incident * inverse * inverse.square() * passed * (inside * -per_m).exp()
         return SimpleNamespace(along=along, far=far, inverse=inverse, outward=outward, cosine=cosine,
-                               inside=inside, ramp=ramp, passed=passed, direct=direct, per_m=per_m,
-                               width=width, leak=leak)
+                               inside=inside, ramp=ramp, direct=direct, per_m=per_m, width=width,
+                               by_ramp=by_ramp, by_leak=leak * (1 - part_open) / passed)
 
     def forward(self, ends, pmts, optics):
         """`share` of tracks with ends (B, 2, 3) and PMTs (B, T, 3), with `arrival` (B, T, K), its time in ns,
@@ -336,55 +338,57 @@ class Light(nn.Module):
         rays.around, rays.diffuse = around, (around.direct * around.factor).sum(1, keepdim=True)
         return rays
 
-    def seen(self, rays, first, light, charge):
-        """(log expected charge (B, T), features (B, T, n_features) for HitTimes: it, the charge against it,
-        how much comes within about 1.5, 5 and 15 ns of the first light at first (B, T)); log light (B, K)."""
+    def expect(self, rays, light):
+        """Log expected charge (B, T), of log light (B, K)."""
         rays.light = light.exp()[:, None]
-        rays.part = rays.direct * rays.light
-        rays.scattered = (rays.diffuse * rays.light).sum(-1)
+        rays.part, rays.around_part = rays.direct * rays.light, rays.diffuse * rays.light
+        rays.scattered = rays.around_part.sum(-1)
         rays.expected = (rays.part.sum(-1) + rays.scattered).clamp(min=0.1)
+        rays.log_expected = rays.expected.log()
+        return rays.log_expected
+
+    def seen(self, rays, first, charge):
+        """Features (B, T, n_features) for HitTimes: log expected charge, the charge against it, how much
+        comes within about 1.5, 5 and 15 ns of the first light at first (B, T)."""
         late = (first[..., None] - rays.arrival) * (1 / 15)
         rays.later, early = (late < 0) & (late > -4), late.clamp(-4, 0).exp()
         third = early * early * early
         rays.early = third * third * third * early, third, early
         rays.soon = [(rays.part * e).sum(-1) / rays.expected + 1e-3 for e in rays.early]
-        log_expected = rays.expected.log()
-        over = (charge.clamp(min=0.3).log() - log_expected).clamp(-2, 2)
+        over = (charge.clamp(min=0.3).log() - rays.log_expected).clamp(-2, 2)
         rays.fits = over.abs() < 2
         soon = [s.log() / 2 + 1 for s in rays.soon]
-        return log_expected, torch.stack([log_expected / 3 - 2, over, *soon], -1)
+        return torch.stack([rays.log_expected / 3 - 2, over, *soon], -1)
 
     def bend(self, rays):
-        """Adds to rays, and to rays.around, slopes of the logarithm of the share and of the arrival in the
-        scalar product `along` and the squared radius `near`, and those of the diffuse light."""
+        """Adds to rays, and to rays.around, slopes of the logarithm of the share in the scalar product
+        `along` and the squared radius `near`, to rays those of the arrival and of the diffuse light."""
         ratio, light = fit_muons.INDEX_OUT / simulate_muons.LIGHT, 1 / simulate_muons.LIGHT
         inner = (fit_muons.INDEX_IN - fit_muons.INDEX_OUT) * light
-        for r in (rays, rays.around):
+        for r in (rays.around, rays):
             square = r.inverse.square()
             turn = r.outward * square
             out_along, out_near = r.inverse + turn, -r.inverse - 0.5 * turn
             steep = 1 / r.cosine
             cos_along, cos_near = r.outward * out_along * steep, (r.outward * out_near - 0.5) * steep
             in_along, in_near = cos_along - out_along, cos_near - out_near
-            r.open = ((r.ramp > 0) & (r.ramp < 1)) * ((1 - r.leak) / r.width) / r.passed
-            passed = r.open * (1 / simulate_muons.RADIUS)
+            passed = r.by_ramp * (1 / simulate_muons.RADIUS)
             r.by_along = 3 * square - 1 / (r.far - r.along) + passed * cos_along - r.per_m * in_along
             r.log_near = passed * cos_near - r.per_m * in_near - 1.5 * square
-            r.late_along = inner * in_along - ratio * r.inverse
-            r.late_near = inner * in_near + 0.5 * ratio * r.inverse
+        rays.late_along = inner * in_along - ratio * rays.inverse
+        rays.late_near = inner * in_near + 0.5 * ratio * rays.inverse
         rays.weights = torch.stack([1 - rays.place, rays.place], -1)
         rays.outer = (2 * rays.weights[..., None] * rays.pieces[:, :, None]).flatten(2)      # (B, K, 6)
         r, spread = rays.around, rays.around.direct * rays.around.factor * rays.light
         by_near = (spread * (r.log_near + r.by_along * r.by_near)).sum(1, keepdim=True)
         rays.diffuse_ends = by_near @ rays.outer
-        rays.diffuse_optics = torch.cat([self.by_optics(r, spread).sum(1, keepdim=True),
-                                         rays.scattered[..., None]], -1)
 
     def by_optics(self, rays, share):
         """Slopes (B, T, 4) in the first optics of what has slopes share (B, T, K) in the logs of shares."""
-        opened, leak = share * rays.open, rays.leak * (1 - rays.ramp.clamp(0, 1)) / rays.passed
+        opened = share * rays.by_ramp
         return torch.stack([(share * rays.inside * rays.per_m).sum(-1), opened.sum(-1) * -0.1,
-                            (opened * rays.ramp).sum(-1) * -rays.width[..., 0], (share * leak).sum(-1)], -1)
+                            (opened * rays.ramp).sum(-1) * -rays.width[..., 0],
+                            (share * rays.by_leak).sum(-1)], -1)
 
     def by_ends(self, rays, share, time=None):
         """Slopes (B, T, 6) in entry and exit of what has slopes share (B, T, K) in the logs of shares, and
@@ -398,26 +402,30 @@ class Light(nn.Module):
             found = found + torch.cat([-longer, longer], -1)
         return found
 
-    def rises(self, rays):
-        """Slopes (B, T, 6 + K + OPTICS) of the log expected charge in entry, exit, log light and optics (the
-        yield is in the light)."""
-        share, per = rays.part / rays.expected[..., None], 1 / rays.expected[..., None]
-        optics = F.pad(F.pad(self.by_optics(rays, share), (0, 1)) + rays.diffuse_optics * per, (0, 1))
-        return torch.cat([self.by_ends(rays, share) + rays.diffuse_ends * per,
-                          share + rays.diffuse * rays.light * per, optics], -1)
+    def rises(self, rays, ends=True):
+        """Slopes (B, T, 6 + K + OPTICS) of the log expected charge in entry, exit (not without ends), log
+        light and optics (the yield is in the light)."""
+        per, r = 1 / rays.expected[..., None], rays.around
+        share = rays.part * per
+        diffuse = self.by_optics(r, r.direct * r.factor * rays.light).sum(1, keepdim=True)
+        optics = [self.by_optics(rays, share) + diffuse * per, rays.scattered[..., None] * per,
+                  torch.zeros_like(per)]
+        own = [self.by_ends(rays, share) + rays.diffuse_ends * per] if ends else []
+        return torch.cat([*own, share + rays.around_part * per, *optics], -1)
 
-    def chain(self, rays, weights, first_slopes):
-        """Slopes (B, T, 6 + K) in entry, exit, log light of what has slopes `weights` (B, T, n_features) in
-        the features of `seen`; first_slopes (B, T, 6) of the first light's arrival."""
+    def chain(self, rays, weights, first_slopes, rise=0.0):
+        """Slopes (B, T, 6) in entry and exit and (B, T, K) in log light of what has slopes `weights` (B, T,
+        n_features) in the features of `seen` and rise (B, T) in the log expected charge; first_slopes
+        (B, T, 6) of the first light's arrival."""
         soon = [0.5 * w / s for w, s in zip(weights[..., 2:].unbind(-1), rays.soon, strict=True)]
-        whole = weights[..., 0] / 3 - weights[..., 1] * rays.fits
+        whole = rise + weights[..., 0] / 3 - weights[..., 1] * rays.fits
         whole = whole - sum(w * (s - 1e-3) for w, s in zip(soon, rays.soon, strict=True))
         whole, *soon = ((w / rays.expected)[..., None] for w in (whole, *soon))
         early = [e * w for e, w in zip(rays.early, soon, strict=True)]
         share = rays.part * (whole + early[0] + early[1] + early[2])
         time = rays.part * (early[0] / -1.5 + early[1] / -5 + early[2] / -15) * rays.later
         ends = self.by_ends(rays, share, time) - time.sum(-1, keepdim=True) * first_slopes
-        return torch.cat([ends + rays.diffuse_ends * whole, share + rays.diffuse * rays.light * whole], -1)
+        return ends + rays.diffuse_ends * whole, share + rays.around_part * whole
 
     def log_likelihood(self, log_expected, event, optics):
         """(log-likelihood, its slope and information in log_expected) (B, T) of the logarithms of charges, as
@@ -476,9 +484,7 @@ class Light(nn.Module):
             light = self.profile(rays, event, real, self.level(ends, optics), optics, width, 8)
         for step in range(steps):
             rays, level = self(ends, x[..., :3], optics), self.level(ends, optics)
-            log_expected, _ = self.seen(rays, torch.zeros_like(event[0]), light, event[0])
-            self.bend(rays)
-            rises = self.rises(rays)[..., 6:]
+            log_expected, rises = self.expect(rays, light), self.rises(rays, ends=False)
             logs, slope, information = self.log_likelihood(log_expected, event, optics)
             matrix, pull = self.prior(light, level, optics, known, width)
             matrix = matrix + (rises * (information * real)[..., None]).mT @ rises
@@ -501,6 +507,51 @@ class Light(nn.Module):
             move = torch.linalg.solve(damped.double(), pull.double())
             move = move.to(light).nan_to_num(0, 0, 0).clamp(-1, 1)
             light, optics = light + move[:, :n], self.moved(optics, move[:, n:])
+
+
+def first_light_slopes(ends, pmts, geometry, arrival_weights, weights):
+    """Slopes (n, B, T, 6) in ends (B, 2, 3) of what has slopes arrival_weights (n, B, T) and weights
+    (n, B, T, 8) in what fit_muons.first_light says of PMTs (B, T, 3), the geometry (B, T, 8): by hand,
+    through the scalar products of the PMT, the entry and the track's direction. Tracks of 1 mm at least."""
+    entry, chord = ends[:, None, 0], (ends[:, 1] - ends[:, 0])[:, None]
+    length = chord.norm(dim=-1).clamp(min=1e-3)                              # (B, 1)
+    way, light = chord / length[..., None], simulate_muons.LIGHT
+    place, inside, outside, edge, incidence, across, ahead, _ = geometry.unbind(-1)
+    place, edge, across = place * length, edge * simulate_muons.RADIUS, across * 10
+    distance = 10 * (inside + outside)
+    per, outward = 1 / distance, edge - 10 * inside
+    entry_way, pmt_way = (entry * way).sum(-1), (pmts @ way.mT)[..., 0]
+    along = pmt_way - entry_way
+    (to_place, to_inside, to_outside, to_edge, to_incidence, to_across, to_ahead,
+     to_length) = weights.unbind(-1)
+    # Backwards through first_light: first what is known of the source of the light, by its products with the
+    # PMT and itself
+    outer = fit_muons.INDEX_OUT / light * arrival_weights + to_outside / 10
+    inner = fit_muons.INDEX_IN / light * arrival_weights + to_inside / 10 - outer
+    by_edge = (to_edge / simulate_muons.RADIUS + inner) * (edge > 0.01) / edge
+    by_outward = (by_edge * outward - inner) * per
+    to_incidence = to_incidence * per / simulate_muons.PMT_RADIUS
+    to_ahead = to_ahead * per
+    far = (outer - by_outward * outward) * per - to_incidence * incidence * simulate_muons.PMT_RADIUS * per
+    far = far - to_ahead * ahead * per
+    by_pmt, by_self = by_outward - to_incidence - far, far / 2 - by_outward - by_edge / 2
+    # Then of its place
+    by_place = by_pmt * pmt_way + 2 * by_self * (entry_way + place) - to_ahead
+    by_place = by_place + to_place / length + arrival_weights / light
+    free, last = (place > 0) & (place < length), place >= length
+    by_length = to_length / 30 - to_place * place / length ** 2 + by_place * last
+    by_along = by_place * free
+    by_across = (to_across / 10 - by_along / math.sqrt(fit_muons.INDEX_IN ** 2 - 1)) / across
+    by_along = by_along - by_across * along
+    # Then of entry and direction
+    by_pmt_way = by_pmt * place + by_along + to_ahead
+    by_entry_way = 2 * by_self * place - by_along - to_ahead
+    by_pmt, by_entry = by_pmt - by_across, 2 * by_self + by_across
+    turned = by_length - (by_pmt_way * pmt_way + by_entry_way * entry_way) / length
+    pmt = torch.stack([by_pmt - by_pmt_way / length, by_pmt_way / length], -1)
+    rest = torch.stack([by_entry - by_entry_way / length, by_entry_way - turned, by_entry_way / length,
+                        turned], -1).unflatten(-1, (2, 2))
+    return (pmt[..., None] * pmts[:, :, None] + rest @ torch.cat([entry, way], 1)[:, None]).flatten(-2)
 
 
 def event_charges(x, real):
@@ -537,30 +588,61 @@ class HitTimes(nn.Module):
         """(arrival + delays (B, T, M) in ns, log spreads, log shares, what the arrival gains
         (B, T, 2 + modes) by group indices 1 larger inside and outside, and by each mode) of hits x (B, T, 5),
         of what fit_muons.first_light and Light say; largest (B,) charge of the event, context (B, C)."""
+        return self.outputs(arrival, geometry, *self.hidden(geometry, seen, x, largest, context))
+
+    def hidden(self, geometry, seen, x, largest, context):
+        """What goes into the two layers' SiLU, and comes out of the second, (B, T, width)."""
         charge = x[..., 4].clamp(min=0.3).log()
         gap = (charge - largest[:, None].clamp(min=0.3).log()).clamp(min=-6)
         light = torch.stack([charge / 3 - 2, gap / 3, (gap * 20).exp(), (geometry[..., 0] <= 0).to(gap),
                              (geometry[..., 0] >= 1).to(gap)], -1)
-        h = F.silu(self.first(torch.cat([geometry, light, seen], -1)) + self.context(context)[:, None])
-        h = F.silu(self.second(h))
+        known = (self.first.bias + self.context(context))[:, None]
+        first = torch.baddbmm(known, torch.cat([geometry, light, seen], -1),
+                              self.first.weight.mT.expand(len(x), -1, -1))
+        second = self.second(F.silu(first))
+        return first, second, F.silu(second)
+
+    def outputs(self, arrival, geometry, first, second, h):
+        """What forward gives."""
         shares, delays, spreads = self.last(h).chunk(3, -1)
         gains = torch.cat([geometry[..., 1:3] * (10 / simulate_muons.LIGHT), 2 * self.modes(h).tanh()], -1)
         delays, spreads = 40 * (delays / 40).tanh(), 1 + 2.5 * (spreads / 2.5).tanh()   # e^-1.5 to e^3.5 ns
         return arrival[..., None] + delays, spreads, shares.log_softmax(-1), gains
 
+    def slopes(self, arrival, first, second, h, given, weights):
+        """Slopes (n, B, T), (n, B, T, 8), (n, B, T, n_features) in arrival, geometry and seen of what has
+        slopes weights, n times four, in what forward gave: by hand, since SiLU's slopes are made once."""
+        one, out = h.new_ones(()), []
+        steep = torch.lerp(F.silu(first), one, first.sigmoid()), torch.lerp(h, one, second.sigmoid())
+        outer = torch.cat([self.last.weight, self.modes.weight])
+        bent = [1 - ((given[0] - arrival[..., None]) / 40).square(), 1 - ((given[1] - 1) / 2.5).square(),
+                2 - given[3][..., 2:].square() / 2]
+        for centers, spreads, shares, gains in weights:
+            shares = shares - given[2].exp() * shares.sum(-1, keepdim=True)
+            back = torch.cat([shares, centers * bent[0], spreads * bent[1], gains[..., 2:] * bent[2]], -1)
+            back = (back @ outer).mul_(steep[1]) @ self.second.weight
+            back = back.mul_(steep[0]) @ self.first.weight
+            indices = F.pad(gains[..., :2] * (10 / simulate_muons.LIGHT), (1, 5))
+            out.append((centers.sum(-1), back[..., :8] + indices, back[..., 13:]))
+        return [torch.stack(o) for o in zip(*out, strict=True)]
 
-def log_likelihood(times, centers, spreads, shares):
-    """(log-likelihood, its information and slope in the time) (B, T) of times (B, T) under a mixture."""
+
+def responsible(times, centers, spreads, shares):
+    """(log-likelihood (B, T) of times (B, T) under a mixture and 1% noise, each Gaussian's part in it
+    (B, T, M), how many of its spreads the time is late)."""
     left = (times[..., None] - centers) * (-spreads).exp()
     logs = shares + math.log(0.99) - 0.5 * left.square() - spreads - 0.5 * math.log(2 * math.pi)
     noise = logs.new_full((*logs.shape[:-1], 1), math.log(0.01 / 500))
     total = torch.cat([logs, noise], -1).logsumexp(-1)
-    part = (logs - total[..., None]).exp().detach()      # whose light it probably was
-    precision = (-2 * spreads).exp().detach()
-    slope = (part * left.detach() * (-spreads).exp().detach()).sum(-1)
-    whole = (part * precision).sum(-1)
-    spare = (part * left.detach().square() * precision).sum(-1) - slope.square()
-    return total, torch.maximum(whole - spare, 0.25 * whole), slope
+    return total, (logs - total[..., None]).exp(), left
+
+
+def curvature(part, left, spreads):
+    """(information, slope in the time) (B, T), of what `responsible` gives and the log spreads."""
+    narrow = (-spreads).exp()
+    slope, whole = (part * left * narrow).sum(-1), (part * narrow.square()).sum(-1)
+    spare = (part * (left * narrow).square()).sum(-1) - slope.square()
+    return torch.maximum(whole - spare, 0.25 * whole), slope
 
 
 class MuonNet(nn.Module):
@@ -659,28 +741,30 @@ class MuonNet(nn.Module):
         return ends * simulate_muons.RADIUS
 
     def refine(self, ends, x, real, first, context, steps, graph=False, again=True):
-        """Ends after Gauss-Newton steps on the likelihood of times and charges of hits x, sorted by time. But
-        for training, events that moved by more than 10 cm in the last of them go on, and those that end more
-        than 1 m from where they began, with light that was found there, begin again."""
-        if not graph:
-            ends, context = ends.detach(), context.detach()
-        known = [k if graph else k.detach() for k in self.light.detector(context)]
+        """Ends after Gauss-Newton steps on the likelihood of times and charges of hits x, sorted by time. Of
+        several steps the last two see half of the hits each, and the last counts what the other half told.
+        But for training, events that moved by more than 10 cm in it go on, with all hits, and those that end
+        more than 1 m from where they began, with light that was found there, begin again."""
+        if not graph and torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.refine(ends, x, real, first, context, steps, graph, again)
+        known, ends = self.light.detector(context), fit_muons.on_sphere(ends)
         event, largest = event_charges(x, real), x[..., 4].amax(1)
-        ends = fit_muons.on_sphere(ends)
         settled = self.light.settle(ends, *some_hits(x, real, event, every=8), known, 4, self.light.widths[0])
-        state = ends, *settled[:2], None
-        for step in range(steps):
-            every = 8 if step < steps - 2 else steps - step         # far from the answer, fewer hits do
-            before, hits = state[0], some_hits(x, real, event, every, step % every)
-            width = self.light.widths[max(step - steps, -len(self.light.widths))]
-            state = self.step(*state, *hits, first, context, known, largest, width, graph)
+        state, said = (ends, *settled[:2], None), None
+        for left in reversed(range(steps)):                     # far from the answer, fewer hits do
+            every, begin = (4, left % 4) if left > 1 else (2, left) if steps > 1 else (1, 0)
+            before, hits = state[0], some_hits(x, real, event, every, begin)
+            width = self.light.widths[max(-left - 1, -len(self.light.widths))]
+            state, said = self.step(state, *hits, first, context, known, largest, width,
+                                    None if left else said)
         rows = torch.arange(len(x), device=x.device)
         for _ in range(0 if graph else 8):
             rows = rows[(state[0] - before)[rows].norm(dim=-1).amax(1) > 0.1]
             if not len(rows):
                 break
-            found = self.step(*(t[rows] for t in (*state, x, real)), [t[rows] for t in event], first[rows],
-                              context[rows], [t[rows] for t in known], largest[rows], width, graph)
+            found, _ = self.step([t[rows] for t in state], x[rows], real[rows], [t[rows] for t in event],
+                                 first[rows], context[rows], [t[rows] for t in known], largest[rows], width)
             before, state = state[0], [old.index_copy(0, rows, new)
                                        for old, new in zip(state, found, strict=True)]
         far = ((state[0] - ends).norm(dim=-1).amax(1) > 1).nonzero()[:, 0]
@@ -689,59 +773,72 @@ class MuonNet(nn.Module):
         given = (t[far] for t in (state[0], x, real, first, context))
         return state[0].index_copy(0, far, self.refine(*given, steps + 2, again=False))
 
-    def step(self, ends, light, optics, found, x, real, event, first, context, known, largest, width, graph):
-        """One Gauss-Newton step, no longer than 3 m, of ends, log light (B, K) of pieces, optics (B, kinds)
-        known as `Light.detector` says, and what event_time finds (None: anew)."""
-        late = (x[..., 3] - first[:, None]).clamp(-100, 600)
-        rays, level = self.light(ends, x[..., :3], optics), self.light.level(ends.detach(), optics)
-        with torch.enable_grad():
-            entry, exit = (ends[:, i, None].expand(-1, x.shape[1], -1).contiguous() for i in (0, 1))
-            if not graph:
-                entry, exit = entry.detach().requires_grad_(), exit.detach().requires_grad_()
-            arrival, geometry = fit_muons.first_light(entry, exit, x[..., :3])
-            log_expected, seen = self.light.seen(rays, arrival.detach(), light, event[0])
-            inputs = arrival, geometry, seen if graph else seen.detach().requires_grad_()
-            centers, spreads, shares, gains = self.hits(*inputs, x, largest, context)
-            found = event_time(late, real, centers, spreads, shares, gains, self.index_spread, found)
-            total, information, _ = log_likelihood(remaining(late, found, gains), centers, spreads, shares)
-            mean = (shares.exp() * centers).sum(-1)
-            parts = [torch.autograd.grad(value.sum(), inputs, create_graph=graph, retain_graph=True)
-                     for value in (total, mean)] + [(torch.ones_like(arrival), torch.zeros_like(geometry))]
-            weights = [torch.stack([part[i] for part in parts]) for i in (0, 1)]
-            slopes = torch.autograd.grad(inputs[:2], (entry, exit), weights, create_graph=graph,
-                                         is_grads_batched=True)
-        self.light.bend(rays)
-        _, rise, weight = self.light.log_likelihood(log_expected, event, optics)
-        rise, weight, rises = *(self.charge_weight * t for t in (rise, weight)), self.light.rises(rays)
-        *slopes, first_slopes = torch.cat(slopes, -1)                       # 3 × (B, T, 6)
-        pull, slopes = (F.pad(own, (0, light.shape[1])) + self.light.chain(rays, part[2], first_slopes)
-                        for own, part in zip(slopes, parts[:2], strict=True))
-        pull = F.pad(pull, (0, len(OPTICS))) + rise[..., None] * rises
-        pull = (pull * real[..., None]).sum(1, keepdim=True)
-        across = fit_muons.tangents(ends if graph else ends.detach()).mT
-        pull, slopes, rises = (
-            torch.cat([v[..., :3] @ across[:, 0], v[..., 3:6] @ across[:, 1], v[..., 6:]], -1)
-            for v in (pull, slopes, rises))
-        columns = torch.cat([torch.ones_like(gains[..., :1]), gains], -1)
-        slopes = torch.cat([F.pad(slopes, (0, len(OPTICS))), columns], -1)
-        rises = F.pad(rises, (0, columns.shape[-1]))                        # (B, T, 4 + K + OPTICS + columns)
-        information, weight = information * real, weight * real
-        if not graph:
-            slopes, columns, information = slopes.detach(), columns.detach(), information.detach()
-        normal = (slopes * information[..., None]).mT @ slopes + (rises * weight[..., None]).mT @ rises
-        prior, toward = self.light.prior(light, level, optics, known, width)
-        prior = F.pad(prior, (4, columns.shape[-1], 4, columns.shape[-1]))
-        times = F.pad(precision(self.index_spread, columns), (prior.shape[1] - columns.shape[-1], 0))
-        normal = normal + prior + torch.diag_embed(1e-3 * normal.diagonal(dim1=1, dim2=2) + times + 1e-6)
-        pull = F.pad(pull[:, 0], (0, columns.shape[-1]))                    # columns are at their likeliest
-        pull, n = pull + F.pad(toward, (4, columns.shape[-1])), 4 + light.shape[1]
-        held = self.light.held(optics, pull[:, n:n + len(OPTICS)])
-        normal = normal + torch.diag_embed(F.pad(held, (n, columns.shape[-1])))
-        move = torch.linalg.solve(normal.double(), pull.double()).to(ends).nan_to_num(0, 0, 0)
+    def step(self, state, x, real, event, first, context, known, largest, width, past=None):
+        """One Gauss-Newton step, no longer than 3 m, of a state: ends, log light (B, K) of pieces, optics
+        (B, kinds) known as `Light.detector` says, what event_time finds (None: anew). Returns the state after
+        it, and what these hits `told`. past: what other hits told, that counts as well."""
+        ends, light, optics, found = state
+        place, pull, normal = said = self.told(state, x, real, event, first, context, largest)
+        n, C = len(OPTICS), place.shape[1] - 6 - light.shape[1] - len(OPTICS)
+        found = place[:, :C]
+        if past is not None:
+            pull = pull + past[1] - (past[2].double() @ (place - past[0]).double()[..., None])[..., 0]
+            normal = normal + past[2]
+        normal, pull = normal.double(), pull.double()
+        across = torch.eye(normal.shape[1]).to(normal)                      # the ends stay on the sphere
+        across = torch.cat([across[:C], across[:4], across[C + 6:]]).repeat(len(x), 1, 1)
+        across[:, C:C + 4] = 0
+        across[:, C:C + 2, C:C + 3], across[:, C + 2:C + 4, C + 3:C + 6] = fit_muons.tangents(ends).unbind(1)
+        normal, pull = across @ normal @ across.mT, (across @ pull[..., None])[..., 0]
+        prior, toward = self.light.prior(light, self.light.level(ends, optics), optics, known, width)
+        sure, rest = precision(self.index_spread, found), (0, pull.shape[1] - C)
+        normal = normal + torch.diag_embed(1e-3 * normal.diagonal(dim1=1, dim2=2) + F.pad(sure, rest) + 1e-6)
+        normal = normal + F.pad(prior, (C + 4, 0, C + 4, 0))
+        pull = pull + F.pad(toward, (C + 4, 0)) - F.pad(sure * found, rest)
+        normal = normal + torch.diag_embed(F.pad(self.light.held(optics, pull[:, -n:]), (rest[1] + C - n, 0)))
+        move = torch.linalg.solve(normal, pull).to(ends).nan_to_num(0, 0, 0)
+        found, move = found + move[:, :C].clamp(-10, 10), move[:, C:]
         size = move[:, :4].unflatten(-1, (2, 2)).norm(dim=-1).amax(1, keepdim=True)
         ends = fit_muons.move(ends, move[:, :4] * (3 / size.clamp(min=3)))
-        other, n = move[:, 4:].clamp(-0.7, 0.7), light.shape[1]
-        return ends, light + other[:, :n], self.light.moved(optics, other[:, n:n + len(OPTICS)]), found
+        move = move[:, 4:].clamp(-0.7, 0.7)
+        return (ends, light + move[:, :-n], self.light.moved(optics, move[:, -n:]), found), said
+
+    def told(self, state, x, real, event, first, context, largest):
+        """What hits say of a state, priors aside: (place (B, N): what event_time finds, both ends in m, log
+        light, optics; their likelihood's slope there (B, N); the matrix (B, N, N) by which it falls)."""
+        ends, light, optics, found = state
+        late, places = (x[..., 3] - first[:, None]).clamp(-100, 600), x[..., :3]
+        rays = self.light(ends, places, optics)
+        arrival, geometry = fit_muons.first_light(*ends[:, :, None].unbind(1), places)
+        log_expected = self.light.expect(rays, light)
+        seen = self.light.seen(rays, arrival, event[0])
+        hidden = self.hits.hidden(geometry, seen, x, largest, context)
+        given = centers, spreads, shares, gains = self.hits.outputs(arrival, geometry, *hidden)
+        found = event_time(late, real, *given, self.index_spread, found)
+        _, part, left = responsible(remaining(late, found, gains), *given[:3])
+        information, slope = curvature(part, left, spreads)
+        # Slopes of the likelihood and, for the matrix, of the mean in what the network gave
+        push, share = part * left * (-spreads).exp(), shares.exp()
+        weights = [(push, part * (left.square() - 1), part, slope[..., None] * found[:, None, 1:]),
+                   (share, torch.zeros_like(spreads), share * centers, torch.zeros_like(gains))]
+        times, paths, features = self.hits.slopes(arrival, *hidden, given, weights)
+        paths = F.pad(times, (0, 0, 0, 0, 0, 1), value=1.0), F.pad(paths, (0, 0, 0, 0, 0, 0, 0, 1))
+        *own, first_slopes = first_light_slopes(ends, places, geometry, *paths)
+        self.light.bend(rays)
+        _, rise, weight = self.light.log_likelihood(log_expected, event, optics)
+        rise, weight = self.charge_weight * rise, self.charge_weight * weight * real
+        columns = torch.cat([torch.ones_like(gains[..., :1]), gains], -1)
+        rises = self.light.rises(rays)                                      # (B, T, 6 + K + OPTICS)
+        pull = self.light.chain(rays, features[0], first_slopes, rise)
+        slopes = self.light.chain(rays, features[1], first_slopes)
+        slopes = torch.cat([columns, own[1] + slopes[0], slopes[1]], -1)    # (B, T, C + 6 + K)
+        n, C = len(OPTICS), columns.shape[-1]
+        pull = [slope[..., None] * columns, own[0] + pull[0], pull[1], rise[..., None] * rises[..., -n:]]
+        pull = torch.cat([real.to(p)[:, None] @ p for p in pull], -1)[:, 0]
+        normal = F.pad((slopes * (information * real)[..., None]).mT @ slopes, (0, n, 0, n))
+        normal = normal + F.pad((rises * weight[..., None]).mT @ rises, (C, 0, C, 0))
+        place = torch.cat([found, ends.flatten(1), light, optics[:, :n]], -1)
+        return place, pull, normal
 
     def schedule(self, density, index_spread):
         """Set what changes during training and stays with the weights."""
@@ -754,15 +851,16 @@ class MuonNet(nn.Module):
 def event_time(late, real, centers, spreads, shares, gains, index_spread, found=None):
     """(B, 3 + modes): the time at which the muon entered, how far the group indices inside and outside are
     from the nominal ones, and how much of each mode: the likeliest with Gaussian priors, of index_spread (0:
-    none of these) and 1. late (B, T): the hits' times; found: a good guess."""
+    none of these) and 1. late (B, T): the hits' times; found: a good guess, from where one step is made."""
     columns = torch.cat([torch.ones_like(gains[..., :1]), gains], -1)
     prior = precision(index_spread, columns)
-    steps = 2
+    steps = 1
     if found is None:
         steps, left = 5, torch.where(real, late - (shares.exp() * centers).sum(-1), math.nan)
         found = F.pad(left.nanmedian(1).values[:, None], (0, gains.shape[-1]))
     for _ in range(steps):
-        _, information, slope = log_likelihood(remaining(late, found, gains), centers, spreads, shares)
+        _, part, left = responsible(remaining(late, found, gains), centers, spreads, shares)
+        information, slope = curvature(part, left, spreads)
         normal = (columns * (information * real)[..., None]).mT @ columns + torch.diag(prior)
         pull = (columns * (slope * real)[..., None]).sum(1) - prior * found
         found = found + torch.linalg.solve(normal.double(), pull.double()).to(late).clamp(-10, 10)
@@ -852,7 +950,8 @@ def hits_loss(model, out, x, y, every=2):
     light, optics, matrix = L.settle(y, *hits, known, 4, L.widths[-1], *settled[:2])
     arrival, geometry = fit_muons.first_light(*(y[:, i, None].expand(-1, x.shape[1], -1) for i in (0, 1)),
                                               x[..., :3])
-    log_expected, seen = L.seen(L(y, x[..., :3], optics), arrival, light, event[0])
+    rays = L(y, x[..., :3], optics)
+    log_expected, seen = L.expect(rays, light), L.seen(rays, arrival, event[0])
     (likeliest, spreads), n = known, len(OPTICS)
     optics = torch.cat([optics[:, :n], likeliest[:, n:]], 1)
     logs, *_ = L.log_likelihood(log_expected, event, optics)
@@ -863,7 +962,8 @@ def hits_loss(model, out, x, y, every=2):
     late = (x[..., 3] - first[:, None]).clamp(-100, 600)
     *parts, gains = model.hits(arrival, geometry, seen, x, largest, out["context"])
     found = event_time(late, real, *(p.detach() for p in parts), gains.detach(), model.index_spread)
-    total, information, _ = log_likelihood(remaining(late, found, gains), *parts)
+    total, *rest = responsible(remaining(late, found, gains), *parts)
+    information, _ = curvature(*(t.detach() for t in (*rest, parts[1])))
     if model.index_spread > 0:                           # modes no larger than detectors differ
         modes, weight = gains[..., 2:].double(), (information * real).detach()   # float32 loses its sign
         volume = (modes * weight[..., None]).mT @ modes + torch.eye(modes.shape[-1]).to(modes)
