@@ -64,7 +64,7 @@ MODES = 6             # learned ways in which detectors' times differ; both from
 CONTEXT = 16          # numbers by which the transformer describes the detector to it
 
 # Optimization
-STEPS = 4_000         # updates; more keep helping
+STEPS = 4_000         # updates
 BATCH = 16            # events per update, over all processes
 MICRO_BATCH = 8       # events per forward and process
 OPTIMIZER = "adamw"   # "muon" for the hidden matrices, "adam"
