@@ -2357,7 +2357,7 @@ def test_slopes_of_the_first_light_and_of_its_network_are_those_of_autograd():
         close(slopes[i], torch.cat(wanted, -1), 1e-9)
 
 
-def test_what_some_hits_said_counts_in_a_step_of_the_others(monkeypatch):
+def test_normal_equations_of_some_hits_count_in_a_step_of_the_others(monkeypatch):
     """Where it was said, exactly as a step of all hits; elsewhere as a straight line from there says."""
     model, x, ends, light, optics, context = muon_case()
     real, found = torch.ones(2, 120).bool(), torch.zeros(2, 7, dtype=torch.double)

@@ -742,7 +742,7 @@ class MuonNet(nn.Module):
 
     def refine(self, ends, x, real, first, context, steps, graph=False, again=True):
         """Ends after Gauss-Newton steps on the likelihood of times and charges of hits x, sorted by time. Of
-        several steps the last two see half of the hits each, and the last counts what the other half told.
+        several steps the last two see half of the hits each, and the last adds the other half's equations.
         But for training, events that moved by more than 10 cm in it go on, with all hits, and those that end
         more than 1 m from where they began, with light that was found there, begin again."""
         if not graph and torch.is_grad_enabled():
@@ -751,13 +751,13 @@ class MuonNet(nn.Module):
         known, ends = self.light.detector(context), fit_muons.on_sphere(ends)
         event, largest = event_charges(x, real), x[..., 4].amax(1)
         settled = self.light.settle(ends, *some_hits(x, real, event, every=8), known, 4, self.light.widths[0])
-        state, said = (ends, *settled[:2], None), None
+        state, equations = (ends, *settled[:2], None), None
         for left in reversed(range(steps)):                     # far from the answer, fewer hits do
             every, begin = (4, left % 4) if left > 1 else (2, left) if steps > 1 else (1, 0)
             before, hits = state[0], some_hits(x, real, event, every, begin)
             width = self.light.widths[max(-left - 1, -len(self.light.widths))]
-            state, said = self.step(state, *hits, first, context, known, largest, width,
-                                    None if left else said)
+            state, equations = self.step(state, *hits, first, context, known, largest, width,
+                                         None if left else equations)
         rows = torch.arange(len(x), device=x.device)
         for _ in range(0 if graph else 8):
             rows = rows[(state[0] - before)[rows].norm(dim=-1).amax(1) > 0.1]
@@ -773,17 +773,18 @@ class MuonNet(nn.Module):
         given = (t[far] for t in (state[0], x, real, first, context))
         return state[0].index_copy(0, far, self.refine(*given, steps + 2, again=False))
 
-    def step(self, state, x, real, event, first, context, known, largest, width, past=None):
+    def step(self, state, x, real, event, first, context, known, largest, width, others=None):
         """One Gauss-Newton step, no longer than 3 m, of a state: ends, log light (B, K) of pieces, optics
         (B, kinds) known as `Light.detector` says, what event_time finds (None: anew). Returns the state after
-        it, and what these hits `told`. past: what other hits told, that counts as well."""
+        it, and these hits' normal_equations. others: those of other hits, that count as well."""
         ends, light, optics, found = state
-        place, pull, normal = said = self.told(state, x, real, event, first, context, largest)
-        n, C = len(OPTICS), place.shape[1] - 6 - light.shape[1] - len(OPTICS)
+        equations = self.normal_equations(state, x, real, event, first, context, largest)
+        place, pull, normal = equations
+        n, C = len(OPTICS), 3 + self.hits.modes.out_features
         found = place[:, :C]
-        if past is not None:
-            pull = pull + past[1] - (past[2].double() @ (place - past[0]).double()[..., None])[..., 0]
-            normal = normal + past[2]
+        if others is not None:
+            pull = pull + others[1] - (others[2].double() @ (place - others[0]).double()[..., None])[..., 0]
+            normal = normal + others[2]
         normal, pull = normal.double(), pull.double()
         across = torch.eye(normal.shape[1]).to(normal)                      # the ends stay on the sphere
         across = torch.cat([across[:C], across[:4], across[C + 6:]]).repeat(len(x), 1, 1)
@@ -801,10 +802,10 @@ class MuonNet(nn.Module):
         size = move[:, :4].unflatten(-1, (2, 2)).norm(dim=-1).amax(1, keepdim=True)
         ends = fit_muons.move(ends, move[:, :4] * (3 / size.clamp(min=3)))
         move = move[:, 4:].clamp(-0.7, 0.7)
-        return (ends, light + move[:, :-n], self.light.moved(optics, move[:, -n:]), found), said
+        return (ends, light + move[:, :-n], self.light.moved(optics, move[:, -n:]), found), equations
 
-    def told(self, state, x, real, event, first, context, largest):
-        """What hits say of a state, priors aside: (place (B, N): what event_time finds, both ends in m, log
+    def normal_equations(self, state, x, real, event, first, context, largest):
+        """Of hits at a state, priors aside: (place (B, N): what event_time finds, both ends in m, log
         light, optics; their likelihood's slope there (B, N); the matrix (B, N, N) by which it falls)."""
         ends, light, optics, found = state
         late, places = (x[..., 3] - first[:, None]).clamp(-100, 600), x[..., :3]
@@ -965,7 +966,7 @@ def hits_loss(model, out, x, y, every=2):
     total, *rest = responsible(remaining(late, found, gains), *parts)
     information, _ = curvature(*(t.detach() for t in (*rest, parts[1])))
     if model.index_spread > 0:                           # modes no larger than detectors differ
-        modes, weight = gains[..., 2:].double(), (information * real).detach()   # float32 loses its sign
+        modes, weight = gains[..., 2:].double(), information * real   # float32 loses its sign
         volume = (modes * weight[..., None]).mT @ modes + torch.eye(modes.shape[-1]).to(modes)
         spare = spare + 0.5 * torch.logdet(volume).to(x) + 0.5 * found[:, 3:].square().sum(1)
     else:
