@@ -2536,23 +2536,24 @@ def attend_chosen(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, chosen: Tensor,
 
 
 def _fits_flex(q: Tensor, chosen: Tensor, N: int) -> bool:
-    """Whether the blocks are such as flex_attention takes: at least 16 queries and keys, powers of two."""
-    sizes = q.shape[2] // chosen.shape[2], q.shape[2] // N
-    return all(size >= 16 and size & (size - 1) == 0 for size in sizes)
+    """Whether the blocks are such as flex_attention takes: powers of two, at least 16 queries and, in one or
+    several blocks, 16 keys."""
+    queries, keys = q.shape[2] // chosen.shape[2], q.shape[2] // N
+    return queries >= 16 and all(size & (size - 1) == 0 for size in (queries, keys)) and q.shape[2] % 16 == 0
 
 
 def attend_chosen_flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, chosen: Tensor, gate: Tensor,
                        N: int) -> Tensor:
-    """`attend_chosen` by compiled flex_attention, its block mask straight from the chosen blocks; on a CPU
-    forward only. Heads are at least 16 wide there."""
+    """`attend_chosen` by compiled flex_attention, its block mask straight from the chosen blocks, those of
+    fewer than 16 keys together; on a CPU forward only. Heads are at least 16 wide there."""
     from torch.nn.attention.flex_attention import BlockMask
-    (B, H, P, E), (NI, K) = q.shape, chosen.shape[2:]
+    (B, H, P, E), NI = q.shape, chosen.shape[2]
     L, Q = P // N, P // NI
     table = gate.new_full((B, H, NI, N), -math.inf).scatter(3, chosen, gate)
-    kept = ~gate.isinf()
-    order = torch.where(kept, chosen, N).sort(-1).values.clamp(max=N - 1)
-    blocks = F.pad(order, (0, N - K), value=N - 1).int()
-    mask = BlockMask.from_kv_blocks(kept.sum(-1, dtype=torch.int32), blocks, BLOCK_SIZE=(Q, L),
+    size = max(L, min(16, P))                                                # of one or several blocks
+    kept = (table > -math.inf).unflatten(3, (P // size, -1)).any(-1)
+    blocks = kept.int().sort(dim=-1, descending=True, stable=True).indices.int()
+    mask = BlockMask.from_kv_blocks(kept.sum(-1, dtype=torch.int32), blocks, BLOCK_SIZE=(Q, size),
                                     seq_lengths=(P, P), compute_q_blocks=torch.is_grad_enabled())
 
     def score(s, b, h, t, j):
@@ -2566,46 +2567,46 @@ CHOSEN_WORKSPACE = 2 ** 19  # scores at once
 
 class _ChosenBlocks(torch.autograd.Function):
     """attend_chosen in plain torch: parts of the query blocks, the keys of their blocks gathered; backward
-    makes the weights again."""
+    makes the weights again. What is added to scores goes through the products, as a last feature of keys."""
 
     @staticmethod
     @exact_products
     def forward(ctx, q, k, v, bias, chosen, gate, N):
-        q, k, v, bias = (x.contiguous() for x in (q, k, v, bias))
-        ctx.save_for_backward(q, k, v, bias, chosen, gate)
-        ctx.N, out = N, torch.empty_like(q)
+        k = torch.cat([k * q.shape[-1] ** -0.5, bias[..., None]], -1)
+        q, v, out = q.contiguous(), v.contiguous(), q.new_empty(q.shape)
         outs = _query_blocks(out, chosen)
-        for part, _, _, _, values, weights in _chosen_parts(q, k, v, bias, chosen, gate, N):
+        for part, _, _, _, values, weights in _chosen_parts(q, k, v, chosen, gate, N):
             torch.bmm(weights, values, out=outs[part])
             del values, weights                                # before those of the next part are made
+        ctx.save_for_backward(q, k, v, chosen, gate)
+        ctx.N = N
         return out
 
     @staticmethod
     @exact_products
     def backward(ctx, dout):
-        q, k, v, bias, chosen, gate = ctx.saved_tensors
-        E, K = q.shape[-1], gate.shape[-1]
+        q, k, v, chosen, gate = ctx.saved_tensors
+        (B, H, P, E), K, L = q.shape, gate.shape[-1], q.shape[2] // ctx.N
         dq, dgate = torch.empty_like(q), torch.empty_like(gate)
         wide = torch.promote_types(q.dtype, torch.float32)
-        dk, dv, dbias = (torch.zeros_like(x, dtype=wide) for x in (k, v, bias))
-        dk_blocks, dv_blocks, dbias_blocks = (x.view(q.shape[0] * q.shape[1] * ctx.N, -1)
-                                              for x in (dk, dv, dbias))
-        douts, dqs = (_query_blocks(x, chosen) for x in (dout.contiguous(), dq))
-        for part, queries, index, keys, values, weights in _chosen_parts(q, k, v, bias, chosen, gate, ctx.N):
-            upper = douts[part]
-            dvalues = torch.bmm(weights.mT, upper)
-            dv_blocks.index_add_(0, index, dvalues.view(len(index), -1).to(wide))
-            inner = torch.bmm(weights, values).mul_(upper).sum(-1, keepdim=True)
-            dscores = torch.bmm(upper, values.mT).sub_(inner).mul_(weights)
-            del dvalues, inner, values, weights
-            dbiases = dscores.sum(1, dtype=wide).view(len(index), -1)
-            dbias_blocks.index_add_(0, index, dbiases)
-            dgate.view(-1, K)[part] = dbiases.sum(-1).view(-1, K).to(dgate.dtype)
-            dqs[part] = _scaled_bmm(dscores, keys, E ** -0.5)
-            dkeys = _scaled_bmm(dscores.mT, queries, E ** -0.5)
-            dk_blocks.index_add_(0, index, dkeys.view(len(index), -1).to(wide))
+        dk_blocks, dv_blocks = (q.new_zeros(B * H * ctx.N, e * L, dtype=wide) for e in (E + 1, E))
+        uppers, dqs = (_query_blocks(x, chosen) for x in (dout.contiguous(), dq))
+        for part, queries, index, keys, values, weights in _chosen_parts(q, k, v, chosen, gate, ctx.N):
+            upper = uppers[part]
+            dscores = torch.bmm(upper, values.mT).sub_(
+                torch.bmm(weights, values).mul_(upper).sum(-1, keepdim=True)).mul_(weights)
+            # Products that are longest in their last dimension take half the time
+            dvalues = torch.bmm(upper.mT, weights).unflatten(2, (K, L)).transpose(1, 2)
+            dv_blocks.index_add_(0, index, dvalues.reshape(len(index), -1).to(wide))
+            del weights, values, dvalues
+            torch.bmm(dscores, keys[..., :-1], out=dqs[part])
+            dkeys = torch.bmm(queries.mT, dscores).unflatten(2, (K, L)).transpose(1, 2)
+            dgate.view(-1, K)[part] = dkeys[:, :, -1].sum(-1)
+            dk_blocks.index_add_(0, index, dkeys.reshape(len(index), -1).to(wide))
             del dscores, dkeys, keys, queries
-        return dq, dk.to(k.dtype), dv.to(v.dtype), dbias.to(bias.dtype), None, dgate, None
+        dk, dv = (x.view(B, H, ctx.N, -1, L).mT for x in (dk_blocks, dv_blocks))
+        dk, dbias, dv = (x.reshape(B, H, P, -1).to(q.dtype) for x in (dk[..., :-1], dk[..., -1:], dv))
+        return dq, dk.mul_(E ** -0.5), dv, dbias[..., 0], None, dgate, None
 
 
 def _query_blocks(x: Tensor, chosen: Tensor) -> Tensor:
@@ -2613,25 +2614,22 @@ def _query_blocks(x: Tensor, chosen: Tensor) -> Tensor:
     return x.view(chosen.shape[0] * chosen.shape[1] * chosen.shape[2], -1, x.shape[-1])
 
 
-def _chosen_parts(q, k, v, bias, chosen, gate, N) -> Iterator[tuple]:
-    """(slice of the B H NI query blocks, queries (n, Q, E), index (n K) of key blocks, keys and values (n,
-    S, E), weights (n, Q, S)), part by part, S the keys of K blocks."""
-    (B, H, P, E), K = q.shape, chosen.shape[3]
-    L = P // N
+def _chosen_parts(q, k, v, chosen, gate, N) -> Iterator[tuple]:
+    """(slice of the B H NI query blocks, queries (n, Q, E + 1), the last 1; index (n K) of key blocks; keys
+    (n, S, E + 1), with the gate; values (n, S, E); weights (n, Q, S)), part by part, S the keys of K blocks;
+    k (B, H, P, E + 1) is scaled, what is added to scores the last."""
+    B, H, K, L = *q.shape[:2], chosen.shape[3], q.shape[2] // N
     first = torch.arange(0, B * H * N, N, device=q.device).view(B, H, 1, 1)
-    flat, queries = (chosen + first).view(-1, K), _query_blocks(q, chosen)
-    blocks = [x.view(B * H * N, -1) for x in (k, v, bias)]
-    gates = gate.reshape(-1, K, 1)
-    size = max(1, CHOSEN_WORKSPACE // (queries.shape[1] * K * L))
+    flat, q, gate = (chosen + first).view(-1, K), _query_blocks(q, chosen), gate.reshape(-1, K, 1)
+    blocks = [x.view(B * H * N, -1) for x in (k, v)]
+    size = max(1, CHOSEN_WORKSPACE // (q.shape[1] * K * L))
     for begin in range(0, len(flat), size):
         part = slice(begin, begin + size)
-        index = flat[part].flatten()
-        keys, values, biases = (x.index_select(0, index).view(-1, K * L, E if i < 2 else 1)
-                                for i, x in enumerate(blocks))
-        added = (biases.view(-1, K, L) + gates[part]).view(-1, 1, K * L)
-        yield part, queries[part], index, keys, values, torch.baddbmm(
-            added, queries[part], keys.mT, alpha=E ** -0.5).softmax(-1)
-        del keys, values, biases, added
+        index, queries = flat[part].flatten(), F.pad(q[part], (0, 1), value=1.0)
+        keys, values = (x.index_select(0, index).view(-1, K * L, x.shape[1] // L) for x in blocks)
+        keys[..., -1].view(-1, K, L).add_(gate[part])
+        yield part, queries, index, keys, values, torch.bmm(queries, keys.mT).softmax(-1)
+        del keys, values, queries
 
 
 class DynamicSparseAttention(nn.Module):
@@ -2752,10 +2750,10 @@ def block_moments(x: Tensor, real: Tensor, N: int) -> tuple[Tensor, Tensor, Tens
 @torch.no_grad()
 def block_shares(q: Tensor, k: Tensor, bias: Tensor, real: Tensor, NI: int, N: int) -> Tensor:
     """The share (B, H, NI, N) of the attention of each of NI blocks of queries that N blocks of keys get, if
-    a query's is that of the mean of the 16, or the half of the block, that it belongs to. q, k (B, H, P, E),
+    a query's is that of the mean of the 32, or the half of the block, that it belongs to. q, k (B, H, P, E),
     bias (B, H, P), real (B, P); memory is of parts of WORKSPACE scores."""
     B, H, P, E = q.shape
-    parts = math.gcd(max(2, P // NI // 16), P // NI)
+    parts = math.gcd(max(2, P // NI // 32), P // NI)
     mean, _, count = block_moments(q, real, NI * parts)
     shares = count.view(B, 1, NI, 1, parts)
     shares = (shares / shares.sum(-1, keepdim=True).clamp(min=1)).expand(-1, H, -1, -1, -1).flatten(0, 1)
