@@ -1058,48 +1058,48 @@ def dsa():
     """Dynamic sparsity attention of one layer, 6 heads of 8, against dense and against loops over the whole
     matrix; the mass that its blocks hold; the whole network against the fit."""
     run, rows = common.start(0, "float32"), []
-    for T in (500, 1000, 2000, 4000, 8000, 16000):
+    for T, density in itertools.product((500, 1000, 2000, 4000, 8000, 16000), (0.10, 0.05)):
         B = 4 if T <= 2000 else 1
-        torch.manual_seed(0)
-        x = torch.randn(B, T, 48, device=run.device)
-        points = F.normalize(torch.randn(B, T, 3, device=run.device), dim=-1)
-        N = 1 << round(math.log2(T / 16))
-        index = common.place_order(points, torch.ones(B, T, dtype=torch.bool, device=run.device), N)
-        ordered = F.pad(x, (0, 0, 0, 1))[torch.arange(B, device=run.device)[:, None], index].requires_grad_()
-        real, x = index < T, x.requires_grad_()
+        name = f"{B}×{T}, {density:.0%}"
 
-        def layer(kind, density=0.1, x=x, real=real, N=N, **changes):
+        def layer(kind, leaf=1, queries=1, judge="moments", T=T, B=B, density=density):
             torch.manual_seed(0)
-            module = kind(48, 6, density=density, **changes).to(run.device)
-            parts = [x, *(p for n, p in module.named_parameters() if n not in ("log_temperature",) and (
-                kind is common.DynamicSparseAttention or not n.startswith("importance")))]
-
+            x, real = torch.randn(B, T, 48, device=run.device), torch.ones(B, T, device=run.device) > 0
+            points, N = F.normalize(torch.randn_like(x[..., :3]), dim=-1), 1 << round(math.log2(T / leaf))
+            if kind is common.DynamicSparseAttention:
+                index = common.place_order(points, real, N)
+                x, real = F.pad(x, (0, 0, 0, 1)).gather(1, index[..., None].expand(-1, -1, 48)), index < T
+            module = kind(48, 6, density=density, query_blocks=max(1, queries // leaf), judge=judge)
+            module = module.to(run.device)
+            parts = [x.requires_grad_(), *(p for n, p in module.named_parameters() if n != "log_temperature"
+                     and (kind is common.DynamicSparseAttention or not n.startswith("importance")))]
             return functools.partial(with_statistics, module, x, real, N), parts
-        dense, loops = layer(DenseAttention), layer(LoopsAttention)
-        for density in (0.10, 0.05):
-            ours = layer(common.DynamicSparseAttention, density, ordered)
-            name = f"{B}×{T}, {density:.0%}"
-            if T == 16000:
-                with torch.no_grad():
-                    base, mine = fastest(2, as_shipped(dense[0]), ours[0])
-                rows.append(row(f"forward {name}, dense", base * 1e3, mine * 1e3, "ms", base / mine))
-                continue
-            keys = layer(common.DynamicSparseAttention, density, ordered, judge="keys")
-            *works, keys = [backward_of(*w) for w in (dense, ours, keys)]
-            base, mine, judged = seconds_of(T, as_shipped(works[0]), works[1], keys)
-            rows.append(row(f"forward+backward {name}, dense", base * 1e3, mine * 1e3, "ms", base / mine))
-            rows.append(row(f"… {name}, judged by keys", base * 1e3, judged * 1e3, "ms", base / judged))
-            base, = seconds_of(T, works[0])
-            rows.append(row(f"forward+backward {name}, dense by oneDNN", base * 1e3, mine * 1e3, "ms",
-                            base / mine))
-            base, peak = (peak_of(work) / 2**20 for work in works)
-            rows.append(row(f"forward+backward {name}, dense, peak", base, peak, "MiB", base / peak))
-            if T <= 2000 and density == 0.10:
-                work = backward_of(*loops)
-                base, = fastest(1, as_shipped(work))
-                rows.append(row(f"forward+backward {name}, loops", base * 1e3, mine * 1e3, "ms", base / mine))
-                base = peak_of(work) / 2**20
-                rows.append(row(f"forward+backward {name}, loops, peak", base, peak, "MiB", base / peak))
+        dense = layer(DenseAttention)
+        ours = layer(common.DynamicSparseAttention, train_muon_dsa.LEAF, train_muon_dsa.QUERIES,
+                     train_muon_dsa.JUDGE)
+        coarse = layer(common.DynamicSparseAttention, 16, 64)
+        if T == 16000:
+            with torch.no_grad():
+                base, mine, rough = fastest(2, as_shipped(dense[0]), ours[0], coarse[0])
+        else:
+            works = [backward_of(*w) for w in (dense, ours, coarse)]
+            base, mine, rough = seconds_of(T, as_shipped(works[0]), *works[1:])
+        what = "forward" if T == 16000 else "forward+backward"
+        rows.append(row(f"{what} {name}, dense", base * 1e3, mine * 1e3, "ms", base / mine))
+        rows.append(row("… blocks of 16 by their moments", base * 1e3, rough * 1e3, "ms", base / rough))
+        if T == 16000:
+            continue
+        base, = seconds_of(T, works[0])
+        rows.append(row(f"{what} {name}, dense by oneDNN", base * 1e3, mine * 1e3, "ms", base / mine))
+        base, peak, rough = (peak_of(work) / 2**20 for work in works)
+        rows.append(row(f"{what} {name}, dense, peak", base, peak, "MiB", base / peak))
+        rows.append(row("… blocks of 16 by their moments", base, rough, "MiB", base / rough))
+        if T <= 2000 and density == 0.10:
+            work = backward_of(*layer(LoopsAttention))
+            base, = fastest(1, as_shipped(work))
+            rows.append(row(f"{what} {name}, loops", base * 1e3, mine * 1e3, "ms", base / mine))
+            base = peak_of(work) / 2**20
+            rows.append(row(f"{what} {name}, loops, peak", base, peak, "MiB", base / peak))
     return rows + network_rows(run)
 
 

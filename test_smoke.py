@@ -2116,6 +2116,20 @@ def test_neighbours_share_a_block_of_the_order():
         assert sorted(widths)[32] < 0.3                                     # a 64th of the sphere: 0.25
 
 
+def test_hits_of_a_block_are_alike_in_place_time_and_charge():
+    torch.manual_seed(0)
+    model, (x, real) = train_muon_dsa.MuonNet(seq_len=1_000, leaf=8), fit_muons.by_time(random_hits(2, 1_000))
+    rotation, first = train_muon_dsa.frames(x, real)
+    features = model.features(x, real, rotation, first).flatten(0, 1)
+    model.mean.copy_(features.mean(0))
+    model.scale.copy_(features.std(0).clamp(min=1e-3))
+    _, present, features = model.tokens(x, real, rotation, first)
+    mean, within, _ = common.block_moments(features[:, None], present, model.blocks)
+    within, between = within.mean((1, 2)), mean.var(2, correction=0)[:, 0]
+    share = within / (within + between).clamp(min=1e-6)
+    assert share[:, :7].max() < 0.4, share                                  # by place alone: 0.66
+
+
 def test_a_density_that_divides_the_blocks_is_met_exactly():
     module, x, real = dsa(0.3)
     module.log_temperature.data.fill_(9.0)

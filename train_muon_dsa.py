@@ -51,9 +51,9 @@ FRAME = "canonical"   # each event turned so that its first light is at +z; "det
 DENSITY = (0.10, 0.05)  # share of the connections that may stay, first and last update: half a cosine
 READ = 1_000          # of SEQ_LEN hits the transformer reads so many, evenly by time; the refinement all
 MIN_CONNECTIONS = 16  # keys that every query has at least
-LEAF = 16             # hits of a block, about; flex_attention wants 16 at least
+LEAF = 8              # hits of a block, about
 QUERIES = 64          # hits, about, that choose blocks together
-JUDGE = "moments"     # of blocks: their means and variances; "keys": nearer the attention, 20% slower
+JUDGE = "keys"        # of blocks: the attention to all their keys; "moments": their means and variances
 REFINE = 3            # Gauss-Newton steps on the learned likelihood; 0 = the first answer is the answer
 SEGMENTS = 16         # equal pieces of the track whose light the steps fit, too
 CHARGES = 0.5         # weight of charges against times in the steps: their errors are common to many hits
@@ -78,7 +78,7 @@ CLIP = 1.0            # largest gradient norm; 0 = never clip
 LIKELIHOOD = 1.0      # weight of the hits' likelihood in the loss
 REFINED = 0.0         # weight of the refined ends' errors: trains through the Gauss-Newton steps
 SPARSITY = 0.01       # weights of DSALoss
-RETENTION = 0.01
+RETENTION = 0.03
 ENTROPY = 0.001
 PATIENCE = 0          # validations without a better one before it stops; 0 = never
 MAX_BAD_STEPS = 10    # updates in a row whose loss or gradient is not finite before it stops
@@ -713,9 +713,9 @@ class MuonNet(nn.Module):
         return out
 
     def tokens(self, x, real, rotation, first):
-        """(embedded hits (B, P, D) in place order, which are real (B, P), their features)."""
+        """(embedded hits (B, P, D), those alike neighbours; which are real (B, P); their features)."""
         features = (self.features(x, real, rotation, first) - self.mean) / self.scale
-        index = common.place_order(x[..., :3] @ rotation.mT, real, self.blocks)
+        index = common.place_order(features, real, self.blocks)
         row = torch.arange(len(x), device=x.device)[:, None]
         features, present = F.pad(features, (0, 0, 0, 1))[row, index], F.pad(real, (0, 1))[row, index]
         return self.input(features) * present[..., None], present, features
