@@ -1086,14 +1086,16 @@ def dsa():
             base, mine, rough = seconds_of(T, as_shipped(works[0]), *works[1:])
         what = "forward" if T == 16000 else "forward+backward"
         rows.append(row(f"{what} {name}, dense", base * 1e3, mine * 1e3, "ms", base / mine))
-        rows.append(row("… blocks of 16 by their moments", base * 1e3, rough * 1e3, "ms", base / rough))
+        rows.append(row(f"{what} {name}, dense, blocks of 16 by moments", base * 1e3, rough * 1e3, "ms",
+                        base / rough))
         if T == 16000:
             continue
         base, = seconds_of(T, works[0])
         rows.append(row(f"{what} {name}, dense by oneDNN", base * 1e3, mine * 1e3, "ms", base / mine))
         base, peak, rough = (peak_of(work) / 2**20 for work in works)
         rows.append(row(f"{what} {name}, dense, peak", base, peak, "MiB", base / peak))
-        rows.append(row("… blocks of 16 by their moments", base, rough, "MiB", base / rough))
+        rows.append(row(f"{what} {name}, dense, blocks of 16 by moments, peak", base, rough, "MiB",
+                        base / rough))
         if T <= 2000 and density == 0.10:
             work = backward_of(*layer(LoopsAttention))
             base, = fastest(1, as_shipped(work))

@@ -2494,7 +2494,7 @@ def place_order(points: Tensor, real: Tensor, N: int) -> Tensor:
                              (axis, widest.clamp(min=1e-6), low[:, :nodes].gather(2, axis)))
         at = node.clamp(max=nodes)[..., None]
         key = points.gather(2, axis.clamp(max=D - 1).gather(1, at)).double() - low.gather(1, at)
-        key = node + 0.9 * (key / widest.gather(1, at)).clamp(0, 1)[..., 0]  # sorted by node, then by place
+        key = node + 0.9 * (key / widest.gather(1, at)).clamp(0, 1)[..., 0]  # sorted by node, then axis
         key = torch.where(node < nodes, key, math.inf)
         order = key.sort(dim=1, stable=True).indices
         index, node = index.gather(1, order), node.gather(1, order)
@@ -2550,7 +2550,7 @@ def attend_chosen_flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, chosen: Te
     (B, H, P, E), NI = q.shape, chosen.shape[2]
     L, Q = P // N, P // NI
     table = gate.new_full((B, H, NI, N), -math.inf).scatter(3, chosen, gate)
-    size = max(L, min(16, P))                                                # of one or several blocks
+    size = max(L, 16)                                                        # of one or several blocks
     kept = (table > -math.inf).unflatten(3, (P // size, -1)).any(-1)
     blocks = kept.int().sort(dim=-1, descending=True, stable=True).indices.int()
     mask = BlockMask.from_kv_blocks(kept.sum(-1, dtype=torch.int32), blocks, BLOCK_SIZE=(Q, size),
@@ -2575,9 +2575,9 @@ class _ChosenBlocks(torch.autograd.Function):
         k = torch.cat([k * q.shape[-1] ** -0.5, bias[..., None]], -1)
         q, v, out = q.contiguous(), v.contiguous(), q.new_empty(q.shape)
         outs = _query_blocks(out, chosen)
-        for part, _, _, _, values, weights in _chosen_parts(q, k, v, chosen, gate, N):
+        for part, _, _, keys, values, weights in _chosen_parts(q, k, v, chosen, gate, N):
             torch.bmm(weights, values, out=outs[part])
-            del values, weights                                # before those of the next part are made
+            del keys, values, weights                          # before those of the next part are made
         ctx.save_for_backward(q, k, v, chosen, gate)
         ctx.N = N
         return out
@@ -2750,8 +2750,8 @@ def block_moments(x: Tensor, real: Tensor, N: int) -> tuple[Tensor, Tensor, Tens
 @torch.no_grad()
 def block_shares(q: Tensor, k: Tensor, bias: Tensor, real: Tensor, NI: int, N: int) -> Tensor:
     """The share (B, H, NI, N) of the attention of each of NI blocks of queries that N blocks of keys get, if
-    a query's is that of the mean of the 32, or the half of the block, that it belongs to. q, k (B, H, P, E),
-    bias (B, H, P), real (B, P); memory is of parts of WORKSPACE scores."""
+    a query's is that of the mean of the 32 or so, or the half of the block, that it belongs to. q, k (B, H,
+    P, E), bias (B, H, P), real (B, P); memory is of parts of WORKSPACE scores."""
     B, H, P, E = q.shape
     parts = math.gcd(max(2, P // NI // 32), P // NI)
     mean, _, count = block_moments(q, real, NI * parts)

@@ -2012,10 +2012,10 @@ def test_dsa_loss_has_the_gradient_of_finite_differences():
     close(common.DSALoss(0.3)(torch.tensor([2.0]), [perfect]), torch.tensor([2.0]), 1e-6)
 
 
-@pytest.mark.parametrize("judge", ["moments", "keys"])
-def test_blocks_are_chosen_and_counted_as_by_hand(judge, monkeypatch):
+@pytest.mark.parametrize("judge, Q, part", [("moments", 32, 0), ("keys", 32, 16), ("keys", 128, 32)])
+def test_blocks_are_chosen_and_counted_as_by_hand(judge, Q, part, monkeypatch):
     monkeypatch.setattr(common, "WORKSPACE", 2 * 256 * 16)                  # two heads at once; below, parts
-    module, x, real = dsa(0.2, min_connections=20, judge=judge)
+    module, x, real = dsa(0.2, min_connections=20, judge=judge, query_blocks=Q // 8)
     module.log_temperature.data.copy_(torch.tensor([-1.0, 0.5, 3.0]))
     module.importance.weight.data.mul_(0.1)                                 # so that queries differ
     module.qkv.weight.data.mul_(4)
@@ -2025,14 +2025,14 @@ def test_blocks_are_chosen_and_counted_as_by_hand(judge, monkeypatch):
     for b in range(2):
         alive = [j for j in range(32) if real[b, 8 * j:8 * j + 8].any()]
         active = retained = entropy = 0.0
-        for h, i in ((h, i) for h in range(3) for i in range(8)):
+        for h, i in ((h, i) for h in range(3) for i in range(256 // Q)):
             def moments(z, begin, end, b=b, h=h):
-                part = z[b, h, begin:end][real[b, begin:end]]
-                return part.mean(0), part.var(0, correction=0)
-            queries = int(real[b, 32 * i:32 * i + 32].sum())
+                some = z[b, h, begin:end][real[b, begin:end]]
+                return some.mean(0), some.var(0, correction=0)
+            queries = int(real[b, Q * i:Q * i + Q].sum())
             if not queries:
                 continue
-            mq, vq = moments(q, 32 * i, 32 * i + 32)
+            mq, vq = moments(q, Q * i, Q * i + Q)
             scores = torch.full((32,), -math.inf, dtype=torch.double)
             for j in alive:
                 mk, vk = moments(k, 8 * j, 8 * j + 8)
@@ -2042,10 +2042,10 @@ def test_blocks_are_chosen_and_counted_as_by_hand(judge, monkeypatch):
             ranks = p
             if judge == "keys":
                 ranks = torch.zeros(32, dtype=torch.double)
-                for begin in range(32 * i, 32 * i + 32, 16):
-                    if real[b, begin:begin + 16].any():
-                        weights = (moments(q, begin, begin + 16)[0] @ k[b, h].T / 2 + bias[b, h]).softmax(0)
-                        ranks += weights.view(32, 8).sum(1) * int(real[b, begin:begin + 16].sum()) / queries
+                for begin in range(Q * i, Q * i + Q, part):
+                    if real[b, begin:begin + part].any():
+                        weights = (moments(q, begin, begin + part)[0] @ k[b, h].T / 2 + bias[b, h]).softmax(0)
+                        ranks += weights.view(32, 8).sum(1) * int(real[b, begin:begin + part].sum()) / queries
             order = ranks.argsort(descending=True).tolist()
             for n, j in enumerate(order):  # 7 of 32, more only for too few keys
                 near = ranks[order[0]].log() - ranks[j].log() <= module.log_temperature[h].exp()
@@ -2118,7 +2118,8 @@ def test_neighbours_share_a_block_of_the_order():
 
 def test_hits_of_a_block_are_alike_in_place_time_and_charge():
     torch.manual_seed(0)
-    model, (x, real) = train_muon_dsa.MuonNet(seq_len=1_000, leaf=8), fit_muons.by_time(random_hits(2, 1_000))
+    model = train_muon_dsa.MuonNet(leaf=8, order="features")
+    x, real = fit_muons.by_time(random_hits(2, 1_000))
     rotation, first = train_muon_dsa.frames(x, real)
     features = model.features(x, real, rotation, first).flatten(0, 1)
     model.mean.copy_(features.mean(0))

@@ -51,6 +51,7 @@ FRAME = "canonical"   # each event turned so that its first light is at +z; "det
 DENSITY = (0.10, 0.05)  # share of the connections that may stay, first and last update: half a cosine
 READ = 1_000          # of SEQ_LEN hits the transformer reads so many, evenly by time; the refinement all
 MIN_CONNECTIONS = 16  # keys that every query has at least
+ORDER = "features"    # hits of a block are alike in place, times and charge; "place": in place alone
 LEAF = 8              # hits of a block, about
 QUERIES = 64          # hits, about, that choose blocks together
 JUDGE = "keys"        # of blocks: the attention to all their keys; "moments": their means and variances
@@ -647,18 +648,19 @@ def curvature(part, left, spreads):
 
 class MuonNet(nn.Module):
     """Hits (B, T, 5) → ends (B, 2, 3) in m, or logits: transformer with dynamic sparsity attention over hits
-    in place order, learned readout, Gauss-Newton steps on the hits' likelihood."""
+    (ordered so that neighbours are alike), learned readout, Gauss-Newton steps on the hits' likelihood."""
 
     n_features = 9
 
     def __init__(self, task="regression", n_outputs=6, dim=48, n_layers=2, n_heads=6, hidden_dim=192,
                  norm="pre", readout="learned", output="points", frame="canonical", min_connections=16,
                  dense=False, context=16, hit_dim=48, n_mixture=3, seq_len=2_000, read=1_000, n_modes=4,
-                 refine=3, leaf=16, judge="moments", queries=64, segments=16, charge_weight=0.5):
+                 refine=3, leaf=16, judge="moments", queries=64, segments=16, charge_weight=0.5,
+                 order="place"):
         super().__init__()
         self.sizes = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.task, self.readout, self.output, self.frame, self.dense = task, readout, output, frame, dense
-        self.every = max(1, seq_len // read)
+        self.every, self.order = max(1, seq_len // read), order
         self.blocks = 1 << max(0, round(math.log2(seq_len / self.every / leaf)))
         self.register_buffer("mean", torch.zeros(self.n_features))
         self.register_buffer("scale", torch.ones(self.n_features))
@@ -715,7 +717,8 @@ class MuonNet(nn.Module):
     def tokens(self, x, real, rotation, first):
         """(embedded hits (B, P, D), those alike neighbours; which are real (B, P); their features)."""
         features = (self.features(x, real, rotation, first) - self.mean) / self.scale
-        index = common.place_order(features, real, self.blocks)
+        points = features if self.order == "features" else x[..., :3] @ rotation.mT
+        index = common.place_order(points, real, self.blocks)
         row = torch.arange(len(x), device=x.device)[:, None]
         features, present = F.pad(features, (0, 0, 0, 1))[row, index], F.pad(real, (0, 1))[row, index]
         return self.input(features) * present[..., None], present, features
@@ -891,7 +894,7 @@ def make_model():
                  output=OUTPUT, frame=FRAME, min_connections=MIN_CONNECTIONS, dense=ATTENTION == "dense",
                  context=CONTEXT, hit_dim=HIT_DIM, n_mixture=MIXTURE, seq_len=SEQ_LEN, read=READ,
                  n_modes=MODES, refine=REFINE, leaf=LEAF, judge=JUDGE, queries=QUERIES,
-                 segments=SEGMENTS, charge_weight=CHARGES)
+                 segments=SEGMENTS, charge_weight=CHARGES, order=ORDER)
     if PRESET == "seed":                                 # but for what the command line gives
         old = dict(dim=48, n_layers=4, n_heads=6, hidden_dim=192, norm="post")
         sizes |= {k: v for k, v in old.items() if k.upper() not in globals().get("_given", ())}
@@ -1244,6 +1247,7 @@ def check_constants(run):
     if len(DENSITY) != 2 or not all(isinstance(d, float | int) and 0 < d <= 1 for d in DENSITY):
         raise common.BadInput(f"DENSITY {DENSITY} must be two shares above 0, at most 1")
     for name, value, allowed in (("TASK", TASK, ("regression", "classification", "binary_classification")),
+                                 ("ORDER", ORDER, ("features", "place")),
                                  ("ATTENTION", ATTENTION, ("dsa", "dense")), ("NORM", NORM, ("pre", "post")),
                                  ("JUDGE", JUDGE, ("moments", "keys")),
                                  ("PRESET", PRESET, ("", "seed")), ("READOUT", READOUT, ("learned", "last")),
