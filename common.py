@@ -2494,7 +2494,7 @@ def place_order(points: Tensor, real: Tensor, N: int) -> Tensor:
                              (axis, widest.clamp(min=1e-6), low[:, :nodes].gather(2, axis)))
         at = node.clamp(max=nodes)[..., None]
         key = points.gather(2, axis.clamp(max=D - 1).gather(1, at)).double() - low.gather(1, at)
-        key = node + 0.9 * (key / widest.gather(1, at)).clamp(0, 1)[..., 0]  # sorted by node, then axis
+        key = node + 0.9 * (key / widest.gather(1, at)).clamp(0, 1)[..., 0]  # by node, along its axis
         key = torch.where(node < nodes, key, math.inf)
         order = key.sort(dim=1, stable=True).indices
         index, node = index.gather(1, order), node.gather(1, order)
@@ -2539,7 +2539,7 @@ def _fits_flex(q: Tensor, chosen: Tensor, N: int) -> bool:
     """Whether the blocks are such as flex_attention takes: powers of two, at least 16 queries and, in one or
     several blocks, 16 keys."""
     queries, keys = q.shape[2] // chosen.shape[2], q.shape[2] // N
-    return queries >= 16 and all(size & (size - 1) == 0 for size in (queries, keys)) and q.shape[2] % 16 == 0
+    return queries >= 16 and all(size & (size - 1) == 0 for size in (queries, keys))
 
 
 def attend_chosen_flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, chosen: Tensor, gate: Tensor,
