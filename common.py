@@ -2479,36 +2479,22 @@ def place_order(points: Tensor, real: Tensor, N: int) -> Tensor:
     that are neighbours in the order lie near. Order and padding of the points change nothing but among equal
     ones.
     """
-    B, T, D = points.shape
-    index = torch.arange(T, device=points.device).expand(B, T)
-    node = torch.where(real, 0, N)                                     # what is not real: behind all others
-    count = real.sum(1, keepdim=True)                                  # of each node
-    for level in range(N.bit_length() - 1):
-        nodes = 1 << level
-        slot = node.clamp(max=nodes)[..., None].expand(-1, -1, D)
-        low, high = (points.new_full((B, nodes + 1, D), sign * math.inf).scatter_reduce(1, slot, points, how)
-                     for sign, how in ((1, "amin"), (-1, "amax")))
-        extent = (high - low)[:, :nodes].nan_to_num(-1, -1, -1)
-        widest, axis = extent.max(-1, keepdim=True)
-        axis, widest, low = (F.pad(x, (0, 0, 0, 1), value=1) for x in
-                             (axis, widest.clamp(min=1e-6), low[:, :nodes].gather(2, axis)))
-        at = node.clamp(max=nodes)[..., None]
-        key = points.gather(2, axis.clamp(max=D - 1).gather(1, at)).double() - low.gather(1, at)
-        key = node + 0.9 * (key / widest.gather(1, at)).clamp(0, 1)[..., 0]  # by node, along its axis
-        key = torch.where(node < nodes, key, math.inf)
-        order = key.sort(dim=1, stable=True).indices
-        index, node = index.gather(1, order), node.gather(1, order)
-        points = points.gather(1, order[..., None].expand(-1, -1, D))
-        rank = torch.arange(T, device=node.device) - F.pad(count.cumsum(1) - count, (0, 1)).gather(
-            1, node.clamp(max=nodes))
-        left = (count + 1) // 2
-        right = rank >= F.pad(left, (0, 1)).gather(1, node.clamp(max=nodes))
-        node = torch.where(node < nodes, 2 * node + right, N)
+    (B, T, D), L = points.shape, -(-points.shape[1] // N)
+    every, points = torch.arange(N * L, device=points.device), points.mT.contiguous()
+    count = real.sum(1, keepdim=True)                                  # of each node's points
+    index = F.pad(torch.where(real, every[:T], T), (0, N * L - T), value=T).sort(1).values[:, None]
+    for _ in range(N.bit_length() - 1):                                # index (B, nodes, slots), some empty
+        (_, nodes, size), left = index.shape, (count + 1) // 2
+        empty = every[:size] >= count[..., None]
+        index = torch.where(empty, index[..., :1], index).clamp(max=T - 1)  # a node's first: extents stay
+        here = points.gather(2, index.flatten(1)[:, None].expand(-1, D, -1)).view(B, D, nodes, size)
+        axis = (here.amax(3) - here.amin(3)).argmax(1)[:, None, :, None].expand(-1, -1, -1, size)
+        key = here.gather(1, axis)[:, 0].masked_fill(empty, math.inf)
+        half = torch.stack([every[:size // 2].expand(B, nodes, -1), left[..., None] + every[:size // 2]], 2)
+        order = key.sort(dim=2, stable=True).indices.gather(2, half.flatten(2).clamp(max=size - 1))
+        index = index.gather(2, order).view(B, 2 * nodes, size // 2)
         count = torch.stack([left, count - left], -1).flatten(1)
-    L = -(-T // N)
-    rank = torch.arange(T, device=node.device) - F.pad(count.cumsum(1) - count, (0, 1)).gather(1, node)
-    slot = torch.where(node < N, node * L + rank, N * L)
-    return index.new_full((B, N * L + 1), T).scatter(1, slot, index)[:, :-1]
+    return torch.where(every[:L] < count[..., None], index, T).flatten(1)
 
 
 def attend_chosen_dense(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, chosen: Tensor, gate: Tensor,
@@ -2640,11 +2626,10 @@ class DynamicSparseAttention(nn.Module):
     importance e^a, a linear in the hit, is part of its weight, too; a block's attention is that of its mean
     and variances (second cumulant of the scores). Of the ⌈density × N⌉ blocks of largest importance those
     stay that are within a factor e^temperature of the largest. Judge "keys" takes the attention of means of
-    queries to every key instead, which finds single hot keys in blocks; gradients, and the entropy, are still
-    those of moments. temperature (H,) is
-    learned, through gates that are hard forward and sigmoids backward (straight-through, arXiv 1308.3432),
-    renormalised over what stays. The same in training and inference; x is in place_order. density 1 and a
-    large temperature: dense attention.
+    queries to every key instead, which finds single hot keys in blocks; gradients are still those of
+    moments. temperature (H,) is learned, through gates that are hard forward and sigmoids backward
+    (straight-through, arXiv 1308.3432), renormalised over what stays. The same in training and inference; x
+    is in place_order. density 1 and a large temperature: dense attention.
     """
 
     def __init__(self, dim: int, n_heads: int, head_dim: int = 0, min_connections: int = 16,
@@ -2687,35 +2672,31 @@ class DynamicSparseAttention(nn.Module):
         B, H, P, E = q.shape
         wide = torch.promote_types(q.dtype, torch.float32)
         NI = max(1, N // self.query_blocks)
-        mean_q, var_q, n_q = block_moments(q.to(wide), real, NI)
-        mean_k, var_k, n_k = block_moments(k.to(wide), real, N)
-        left = torch.cat([mean_q * E ** -0.5, mean_q.square() / (2 * E), var_q / (2 * E)], -1)
-        right = torch.cat([mean_k, var_k, mean_k.square()], -1)
-        weight = bias.to(wide).view(B, H, N, -1).logsumexp(-1)                          # of all its keys
-        scores = left @ right.mT + weight[:, :, None]
-        scores = torch.where(real.any(1)[:, None, None, None], scores, torch.zeros_like(scores))
-        logs = scores.log_softmax(-1)                                                   # (B, H, NI, N)
+        n_q, n_k = (real.view(B, n, -1).sum(-1).to(wide) for n in (NI, N))
+        if self.judge == "keys":  # the values are theirs, the gradients those of moments
+            logs = block_shares(q, k, bias, real, NI, N).to(wide).clamp(min=1e-30).log()
+            none = (n_k == 0) & real.any(1, keepdim=True)
+            logs = logs.masked_fill(none[:, None, None], -math.inf)                     # (B, H, NI, N)
+            smooth = self.shares_by_moments(q, k, bias, real, NI, N) if torch.is_grad_enabled() else logs
+        else:
+            smooth = logs = self.shares_by_moments(q, k, bias, real, NI, N)
         ranks = logs.detach()
-        if self.judge == "keys":
-            ranks = (block_shares(q, k, bias, real, NI, N) + 1e-20 * ranks.exp()).clamp(min=1e-30).log()
 
         K = most = min(N, math.ceil(float(self.density) * N - 1e-4))       # 0.1 in float32 is more than 0.1
         enough = real.sum(1).clamp(max=self.min_connections)[:, None, None, None]
         while True:
-            chosen = ranks.topk(K, -1).indices
+            best, chosen = ranks.topk(K, -1)
             sizes = n_k[:, None, None].expand(B, H, NI, N).gather(3, chosen)
             before = sizes.cumsum(-1) - sizes  # keys of better blocks
             if K == N or bool((before[..., -1:] + sizes[..., -1:] >= enough).all()):
                 break
             K = min(N, 2 * K)  # blocks of few real hits
-        top = logs.gather(3, chosen)
+        top, beyond = smooth.gather(3, chosen), best - best[..., :1]
         above = top - top[..., :1].detach()
-        if self.judge == "keys":  # the value is theirs, the gradient that of moments
-            best = ranks.gather(3, chosen)
-            above = torch.where(top > -math.inf, above + (best - best[..., :1] - above).detach(), above)
+        above = torch.where(best > -math.inf, above + (beyond - above).detach(), beyond)
         above = above + self.log_temperature.exp()[:, None, None]
         within = (above >= 0) & (torch.arange(K, device=q.device) < most)
-        hard = (within | (before < enough)) & (top > -math.inf)
+        hard = (within | (before < enough)) & (best > -math.inf)
         soft = torch.sigmoid(above)
         gate = torch.where(hard, soft - soft.detach(), -math.inf).to(q.dtype)
 
@@ -2724,27 +2705,38 @@ class DynamicSparseAttention(nn.Module):
         total = real.sum(1).to(wide).square() * H
         active = pairs.sum((1, 2, 3))
         share = n_q / n_q.sum(1, keepdim=True).clamp(min=1) / H  # of the queries, (B, NI)
-        p = logs.exp()
-        retained = ((top.exp() * stays).sum(-1) * share[:, None]).sum((1, 2))
-        if self.judge == "keys":
-            kept = ((best.exp() * hard).sum(-1) * share[:, None]).sum((1, 2))
-            retained = retained + (kept - retained).detach()
-        entropy = -((p * logs.clamp(min=-1e4)).sum(-1) * share[:, None]).sum((1, 2)) / math.log(max(2, N))
+
+        def mean(value, slope):  # of one, with the gradient of the other, (B, H, NI, ...)
+            value, slope = ((y.sum(-1) * share[:, None]).sum((1, 2)) for y in (value, slope))
+            return slope + (value - slope).detach()
+        retained = mean(best.exp() * stays, top.exp() * stays)
+        entropy = -mean(*(y.exp() * y.clamp(min=-1e4) for y in (ranks, smooth))) / math.log(max(2, N))
         return chosen, gate, {"sparsity_ratio": 1 - active / total.clamp(min=1), "active_connections": active,
                               "total_connections": total, "retained_information": retained,
                               "entropy": entropy}
 
+    def shares_by_moments(self, q: Tensor, k: Tensor, bias: Tensor, real: Tensor, NI: int, N: int) -> Tensor:
+        """Logarithm of the share (B, H, NI, N) of the attention of each of NI blocks of queries that N blocks
+        of keys get, by means and variances of both."""
+        E, wide = q.shape[-1], torch.promote_types(q.dtype, torch.float32)
+        mean_q, var_q = block_moments(q.to(wide), real, NI)
+        mean_k, var_k = block_moments(k.to(wide), real, N)
+        left = torch.cat([mean_q * E ** -0.5, mean_q.square() / (2 * E), var_q / (2 * E)], -1)
+        right = torch.cat([mean_k, var_k, mean_k.square()], -1)
+        weight = bias.to(wide).view(*bias.shape[:2], N, -1).logsumexp(-1)               # of all its keys
+        scores = left @ right.mT + weight[:, :, None]
+        return torch.where(real.any(1)[:, None, None, None], scores, torch.zeros_like(scores)).log_softmax(-1)
 
-def block_moments(x: Tensor, real: Tensor, N: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(means, variances (B, H, N, E), counts (B, N)) of the real rows of x (B, H, P, E) in N equal blocks."""
+
+def block_moments(x: Tensor, real: Tensor, N: int) -> tuple[Tensor, Tensor]:
+    """(means, variances (B, H, N, E)) of the real rows of x (B, H, P, E) in N equal blocks."""
     B, H, P, E = x.shape
-    count = real.view(B, N, -1).sum(-1).to(x.dtype)
     x = x * real[:, None, :, None]
-    divisor = count.clamp(min=1)[:, None, :, None]
+    divisor = real.view(B, 1, N, -1).sum(-1, keepdim=True).clamp(min=1).to(x.dtype)
     parts = x.reshape(B, H, N, P // N, E)
     mean = parts.sum(3) / divisor
     square = parts.square().sum(3) / divisor
-    return mean, (square - mean.square()).clamp(min=0), count
+    return mean, (square - mean.square()).clamp(min=0)
 
 
 @torch.no_grad()
@@ -2754,7 +2746,9 @@ def block_shares(q: Tensor, k: Tensor, bias: Tensor, real: Tensor, NI: int, N: i
     P, E), bias (B, H, P), real (B, P); memory is of parts of WORKSPACE scores."""
     B, H, P, E = q.shape
     parts = math.gcd(max(2, P // NI // 32), P // NI)
-    mean, _, count = block_moments(q, real, NI * parts)
+    count = real.view(B, NI * parts, -1).sum(-1).to(q.dtype)
+    mean = (q * real[:, None, :, None]).view(B, H, NI * parts, -1, E).sum(3)
+    mean = mean / count.clamp(min=1)[:, None, :, None]
     shares = count.view(B, 1, NI, 1, parts)
     shares = (shares / shares.sum(-1, keepdim=True).clamp(min=1)).expand(-1, H, -1, -1, -1).flatten(0, 1)
     mean, keys, bias = mean.flatten(0, 1), k.reshape(B * H, P, E), bias.reshape(B * H, 1, P)

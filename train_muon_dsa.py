@@ -215,7 +215,9 @@ class Layer(nn.Module):
             nn.init.zeros_(self.outer.weight)
 
     def mlp(self, x):
-        return self.outer(F.gelu(self.inner(x)))
+        if torch.is_grad_enabled():
+            return self.outer(F.gelu(self.inner(x)))
+        return torch.cat([self.outer(F.gelu(self.inner(event))) for event in x.split(1)])    # in the cache
 
     def forward(self, x, real, N, dense):
         if self.pre:
@@ -552,7 +554,8 @@ def first_light_slopes(ends, pmts, geometry, arrival_weights, weights):
     pmt = torch.stack([by_pmt - by_pmt_way / length, by_pmt_way / length], -1)
     rest = torch.stack([by_entry - by_entry_way / length, by_entry_way - turned, by_entry_way / length,
                         turned], -1).unflatten(-1, (2, 2))
-    return (pmt[..., None] * pmts[:, :, None] + rest @ torch.cat([entry, way], 1)[:, None]).flatten(-2)
+    rest = rest.flatten(2, 3) @ torch.cat([entry, way], 1)                   # (n, B, 2 T, 3)
+    return (pmt[..., None] * pmts[:, :, None] + rest.unflatten(2, (-1, 2))).flatten(-2)
 
 
 def event_charges(x, real):
@@ -592,7 +595,7 @@ class HitTimes(nn.Module):
         return self.outputs(arrival, geometry, *self.hidden(geometry, seen, x, largest, context))
 
     def hidden(self, geometry, seen, x, largest, context):
-        """What goes into the two layers' SiLU, and comes out of the second, (B, T, width)."""
+        """What goes into and comes out of SiLU in the two layers, (B, T, width)."""
         charge = x[..., 4].clamp(min=0.3).log()
         gap = (charge - largest[:, None].clamp(min=0.3).log()).clamp(min=-6)
         light = torch.stack([charge / 3 - 2, gap / 3, (gap * 20).exp(), (geometry[..., 0] <= 0).to(gap),
@@ -600,31 +603,33 @@ class HitTimes(nn.Module):
         known = (self.first.bias + self.context(context))[:, None]
         first = torch.baddbmm(known, torch.cat([geometry, light, seen], -1),
                               self.first.weight.mT.expand(len(x), -1, -1))
-        second = self.second(F.silu(first))
-        return first, second, F.silu(second)
+        inner = F.silu(first)
+        second = self.second(inner)
+        return first, inner, second, F.silu(second)
 
-    def outputs(self, arrival, geometry, first, second, h):
+    def outputs(self, arrival, geometry, first, inner, second, h):
         """What forward gives."""
         shares, delays, spreads = self.last(h).chunk(3, -1)
         gains = torch.cat([geometry[..., 1:3] * (10 / simulate_muons.LIGHT), 2 * self.modes(h).tanh()], -1)
         delays, spreads = 40 * (delays / 40).tanh(), 1 + 2.5 * (spreads / 2.5).tanh()   # e^-1.5 to e^3.5 ns
         return arrival[..., None] + delays, spreads, shares.log_softmax(-1), gains
 
-    def slopes(self, arrival, first, second, h, given, weights):
+    def slopes(self, arrival, first, inner, second, h, given, weights):
         """Slopes (n, B, T), (n, B, T, 8), (n, B, T, n_features) in arrival, geometry and seen of what has
         slopes weights, n times four, in what forward gave: by hand, since SiLU's slopes are made once."""
         one, out = h.new_ones(()), []
-        steep = torch.lerp(F.silu(first), one, first.sigmoid()), torch.lerp(h, one, second.sigmoid())
+        steep = torch.lerp(inner, one, first.sigmoid()), torch.lerp(h, one, second.sigmoid())
         outer = torch.cat([self.last.weight, self.modes.weight])
+        asked = torch.cat([self.first.weight[:, :8], self.first.weight[:, 13:]], 1)
         bent = [1 - ((given[0] - arrival[..., None]) / 40).square(), 1 - ((given[1] - 1) / 2.5).square(),
                 2 - given[3][..., 2:].square() / 2]
         for centers, spreads, shares, gains in weights:
             shares = shares - given[2].exp() * shares.sum(-1, keepdim=True)
             back = torch.cat([shares, centers * bent[0], spreads * bent[1], gains[..., 2:] * bent[2]], -1)
             back = (back @ outer).mul_(steep[1]) @ self.second.weight
-            back = back.mul_(steep[0]) @ self.first.weight
+            back = back.mul_(steep[0]) @ asked
             indices = F.pad(gains[..., :2] * (10 / simulate_muons.LIGHT), (1, 5))
-            out.append((centers.sum(-1), back[..., :8] + indices, back[..., 13:]))
+            out.append((centers.sum(-1), back[..., :8] + indices, back[..., 8:]))
         return [torch.stack(o) for o in zip(*out, strict=True)]
 
 
@@ -651,6 +656,7 @@ class MuonNet(nn.Module):
     (ordered so that neighbours are alike), learned readout, Gauss-Newton steps on the hits' likelihood."""
 
     n_features = 9
+    short = 13.0                                         # m, of the first answer
 
     def __init__(self, task="regression", n_outputs=6, dim=48, n_layers=2, n_heads=6, hidden_dim=192,
                  norm="pre", readout="learned", output="points", frame="canonical", min_connections=16,
@@ -744,37 +750,52 @@ class MuonNet(nn.Module):
         return ends * simulate_muons.RADIUS
 
     def refine(self, ends, x, real, first, context, steps, graph=False, again=True):
-        """Ends after Gauss-Newton steps on the likelihood of times and charges of hits x, sorted by time. Of
-        several steps the last two see half of the hits each, and the last adds the other half's equations.
-        But for training, events that moved by more than 10 cm in it go on, with all hits, and those that end
-        more than 1 m from where they began, with light that was found there, begin again."""
+        """Ends after Gauss-Newton steps on the likelihood of times and charges of hits x, sorted by time; far
+        from the answer, fewer hits do. Of several steps the last two see half of the hits each, and the last
+        adds the other half's equations. But for training, short tracks make four steps before, events that
+        moved by more than 15 cm in the last go on, with all hits, and those that end more than 1 m from where
+        they began, begin again. But where they go on, light is found anew first."""
         if not graph and torch.is_grad_enabled():
             with torch.no_grad():
                 return self.refine(ends, x, real, first, context, steps, graph, again)
-        known, ends = self.light.detector(context), fit_muons.on_sphere(ends)
-        event, largest = event_charges(x, real), x[..., 4].amax(1)
-        settled = self.light.settle(ends, *some_hits(x, real, event, every=8), known, 4, self.light.widths[0])
-        state, equations = (ends, *settled[:2], None), None
-        for left in reversed(range(steps)):                     # far from the answer, fewer hits do
-            every, begin = (4, left % 4) if left > 1 else (2, left) if steps > 1 else (1, 0)
-            before, hits = state[0], some_hits(x, real, event, every, begin)
-            width = self.light.widths[max(-left - 1, -len(self.light.widths))]
-            state, equations = self.step(state, *hits, first, context, known, largest, width,
-                                         None if left else equations)
+        known, begun = self.light.detector(context), fit_muons.on_sphere(ends)
+        event, largest, ends = event_charges(x, real), x[..., 4].amax(1), begun
+
+        def some(rows):
+            return (x[rows], real[rows], [t[rows] for t in event], first[rows], context[rows],
+                    [t[rows] for t in known], largest[rows])
+        short = ((ends[:, 1] - ends[:, 0]).norm(dim=-1) < self.short).nonzero()[:, 0]
+        if not graph and len(short):
+            state, _ = self.steps(ends[short], *some(short), [(8, 1), (8, 5), (8, 0), (8, 3)])
+            begun = ends = ends.index_copy(0, short, state[0])
+        plan = [(8, left % 8) if left > 1 else (2, left) if steps > 1 else (1, 0)
+                for left in reversed(range(steps))]
+        state, before = self.steps(ends, x, real, event, first, context, known, largest, plan)
         rows = torch.arange(len(x), device=x.device)
         for _ in range(0 if graph else 8):
-            rows = rows[(state[0] - before)[rows].norm(dim=-1).amax(1) > 0.1]
+            rows = rows[(state[0] - before)[rows].norm(dim=-1).amax(1) > 0.15]
             if not len(rows):
                 break
-            found, _ = self.step([t[rows] for t in state], x[rows], real[rows], [t[rows] for t in event],
-                                 first[rows], context[rows], [t[rows] for t in known], largest[rows], width)
+            found, _ = self.step([t[rows] for t in state], *some(rows), self.light.widths[-1])
             before, state = state[0], [old.index_copy(0, rows, new)
                                        for old, new in zip(state, found, strict=True)]
-        far = ((state[0] - ends).norm(dim=-1).amax(1) > 1).nonzero()[:, 0]
+        far = ((state[0] - begun).norm(dim=-1).amax(1) > 1).nonzero()[:, 0]
         if graph or not again or not len(far):
             return state[0]
         given = (t[far] for t in (state[0], x, real, first, context))
         return state[0].index_copy(0, far, self.refine(*given, steps + 2, again=False))
+
+    def steps(self, ends, x, real, event, first, context, known, largest, plan):
+        """(state, ends before the last step) after steps from ends with light as it settles there; plan: of
+        each step, which so-manyeth hits it sees, and the first of them."""
+        widths, some = self.light.widths, some_hits(x, real, event, every=16)
+        state, equations = (ends, *self.light.settle(ends, *some, known, 4, widths[0])[:2], None), None
+        for i, (every, begin) in enumerate(plan, -len(plan)):
+            before, hits = state[0], some_hits(x, real, event, every, begin)
+            width = widths[max(i, -len(widths))]
+            state, equations = self.step(state, *hits, first, context, known, largest, width,
+                                         equations if i == -1 and every == 2 else None)
+        return state, before
 
     def step(self, state, x, real, event, first, context, known, largest, width, others=None):
         """One Gauss-Newton step, no longer than 3 m, of a state: ends, log light (B, K) of pieces, optics
