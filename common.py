@@ -2692,10 +2692,9 @@ class DynamicSparseAttention(nn.Module):
                 break
             K = min(N, 2 * K)  # blocks of few real hits
         top, beyond = smooth.gather(3, chosen), best - best[..., :1]
-        above = top - top[..., :1].detach()
-        above = torch.where(best > -math.inf, above + (beyond - above).detach(), beyond)
-        above = above + self.log_temperature.exp()[:, None, None]
-        within = (above >= 0) & (torch.arange(K, device=q.device) < most)
+        above, allowed = top - top[..., :1].detach(), self.log_temperature.exp()[:, None, None]
+        above = torch.where(best > -math.inf, above + (beyond - above).detach(), beyond) + allowed
+        within = (beyond + allowed >= 0) & (torch.arange(K, device=q.device) < most)
         hard = (within | (before < enough)) & (best > -math.inf)
         soft = torch.sigmoid(above)
         gate = torch.where(hard, soft - soft.detach(), -math.inf).to(q.dtype)

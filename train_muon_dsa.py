@@ -215,9 +215,9 @@ class Layer(nn.Module):
             nn.init.zeros_(self.outer.weight)
 
     def mlp(self, x):
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or x.is_cuda:
             return self.outer(F.gelu(self.inner(x)))
-        return torch.cat([self.outer(F.gelu(self.inner(event))) for event in x.split(1)])    # in the cache
+        return torch.cat([self.outer(F.gelu(self.inner(event))) for event in x.split(1)])   # in a CPU's cache
 
     def forward(self, x, real, N, dense):
         if self.pre:
@@ -592,7 +592,7 @@ class HitTimes(nn.Module):
         """(arrival + delays (B, T, M) in ns, log spreads, log shares, what the arrival gains
         (B, T, 2 + modes) by group indices 1 larger inside and outside, and by each mode) of hits x (B, T, 5),
         of what fit_muons.first_light and Light say; largest (B,) charge of the event, context (B, C)."""
-        return self.outputs(arrival, geometry, *self.hidden(geometry, seen, x, largest, context))
+        return self.outputs(arrival, geometry, self.hidden(geometry, seen, x, largest, context)[-1])
 
     def hidden(self, geometry, seen, x, largest, context):
         """What goes into and comes out of SiLU in the two layers, (B, T, width)."""
@@ -607,8 +607,8 @@ class HitTimes(nn.Module):
         second = self.second(inner)
         return first, inner, second, F.silu(second)
 
-    def outputs(self, arrival, geometry, first, inner, second, h):
-        """What forward gives."""
+    def outputs(self, arrival, geometry, h):
+        """What forward gives, of the last that hidden does."""
         shares, delays, spreads = self.last(h).chunk(3, -1)
         gains = torch.cat([geometry[..., 1:3] * (10 / simulate_muons.LIGHT), 2 * self.modes(h).tanh()], -1)
         delays, spreads = 40 * (delays / 40).tanh(), 1 + 2.5 * (spreads / 2.5).tanh()   # e^-1.5 to e^3.5 ns
@@ -656,7 +656,7 @@ class MuonNet(nn.Module):
     (ordered so that neighbours are alike), learned readout, Gauss-Newton steps on the hits' likelihood."""
 
     n_features = 9
-    short = 13.0                                         # m, of the first answer
+    short = 13.0                                         # m, of a track at first
 
     def __init__(self, task="regression", n_outputs=6, dim=48, n_layers=2, n_heads=6, hidden_dim=192,
                  norm="pre", readout="learned", output="points", frame="canonical", min_connections=16,
@@ -752,9 +752,9 @@ class MuonNet(nn.Module):
     def refine(self, ends, x, real, first, context, steps, graph=False, again=True):
         """Ends after Gauss-Newton steps on the likelihood of times and charges of hits x, sorted by time; far
         from the answer, fewer hits do. Of several steps the last two see half of the hits each, and the last
-        adds the other half's equations. But for training, short tracks make four steps before, events that
-        moved by more than 15 cm in the last go on, with all hits, and those that end more than 1 m from where
-        they began, begin again. But where they go on, light is found anew first."""
+        adds the other half's equations. Without a graph, short tracks of 250 hits or more make four steps
+        before, events that moved by more than 15 cm in the last go on, with all hits, and those that end more
+        than 1 m from where these steps began, begin again. Light is found anew where steps begin."""
         if not graph and torch.is_grad_enabled():
             with torch.no_grad():
                 return self.refine(ends, x, real, first, context, steps, graph, again)
@@ -764,7 +764,8 @@ class MuonNet(nn.Module):
         def some(rows):
             return (x[rows], real[rows], [t[rows] for t in event], first[rows], context[rows],
                     [t[rows] for t in known], largest[rows])
-        short = ((ends[:, 1] - ends[:, 0]).norm(dim=-1) < self.short).nonzero()[:, 0]
+        short = (ends[:, 1] - ends[:, 0]).norm(dim=-1) < self.short
+        short = (short & (real.sum(1) >= 250)).nonzero()[:, 0]
         if not graph and len(short):
             state, _ = self.steps(ends[short], *some(short), [(8, 1), (8, 5), (8, 0), (8, 3)])
             begun = ends = ends.index_copy(0, short, state[0])
@@ -838,7 +839,7 @@ class MuonNet(nn.Module):
         log_expected = self.light.expect(rays, light)
         seen = self.light.seen(rays, arrival, event[0])
         hidden = self.hits.hidden(geometry, seen, x, largest, context)
-        given = centers, spreads, shares, gains = self.hits.outputs(arrival, geometry, *hidden)
+        given = centers, spreads, shares, gains = self.hits.outputs(arrival, geometry, hidden[-1])
         found = event_time(late, real, *given, self.index_spread, found)
         _, part, left = responsible(remaining(late, found, gains), *given[:3])
         information, slope = curvature(part, left, spreads)
