@@ -2765,6 +2765,11 @@ def test_errors_of_tracks_are_what_they_are_called():
     assert float(found["entry_cm"][0]) == pytest.approx(100 * float((a - b)[0, 0].norm()), rel=1e-5)
     c = torch.tensor([[[0, 0, 17.7], [17.7, 0, 0]]])
     assert float(fit_muons.errors(a, c)["angle_deg"][0]) == pytest.approx(45)
+    beyond = torch.tensor([[[0, 0.95, 0.3], [0, 0.95, -0.3]]])  # 16.9 m from the centre; c: 12.5 m
+    ends, truth = (fit_muons.on_sphere(torch.cat(t)) for t in ((beyond.flip(1), c), (beyond, c)))
+    assert fit_muons.report(ends, truth)["clipping_deg"] == [180] * 3
+    assert fit_muons.report(ends, truth)["angle_deg"][0] == pytest.approx(90, abs=1e-4)
+    assert "clipping_deg" not in fit_muons.report(ends[1:], truth[1:])
 
 
 @pytest.mark.parametrize(

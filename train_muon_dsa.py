@@ -1040,7 +1040,7 @@ def measure(found, truth):
         return {"accuracy": float((guess == truth).float().mean()), "events": len(truth),
                 "majority": float(torch.bincount(truth).max() / len(truth))}
     last = [k for k in ("ends", "refined", "fitted") if k in found][-1]
-    metrics = fit_muons.summary(fit_muons.errors(found[last], truth)) | {"events": len(truth)}
+    metrics = fit_muons.report(found[last], truth) | {"events": len(truth)}
     first = fit_muons.summary(fit_muons.errors(found["ends"], truth))
     metrics |= {f"first_{k}": v for k, v in first.items()} if last != "ends" else {}
     if last == "fitted" and "refined" in found:
