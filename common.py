@@ -2674,13 +2674,13 @@ class DynamicSparseAttention(nn.Module):
         NI = max(1, N // self.query_blocks)
         n_q, n_k = (real.view(B, n, -1).sum(-1).to(wide) for n in (NI, N))
         if self.judge == "keys":  # the values are theirs, the gradients those of moments
-            logs = block_shares(q, k, bias, real, NI, N).to(wide).clamp(min=1e-30).log()
+            ranks = block_shares(q, k, bias, real, NI, N).to(wide).clamp(min=1e-30).log()
             none = (n_k == 0) & real.any(1, keepdim=True)
-            logs = logs.masked_fill(none[:, None, None], -math.inf)                     # (B, H, NI, N)
-            smooth = self.shares_by_moments(q, k, bias, real, NI, N) if torch.is_grad_enabled() else logs
+            ranks = ranks.masked_fill(none[:, None, None], -math.inf)                   # (B, H, NI, N)
+            smooth = self.shares_by_moments(q, k, bias, real, NI, N) if torch.is_grad_enabled() else ranks
         else:
-            smooth = logs = self.shares_by_moments(q, k, bias, real, NI, N)
-        ranks = logs.detach()
+            smooth = self.shares_by_moments(q, k, bias, real, NI, N)
+            ranks = smooth.detach()
 
         K = most = min(N, math.ceil(float(self.density) * N - 1e-4))       # 0.1 in float32 is more than 0.1
         enough = real.sum(1).clamp(max=self.min_connections)[:, None, None, None]
@@ -2705,7 +2705,7 @@ class DynamicSparseAttention(nn.Module):
         active = pairs.sum((1, 2, 3))
         share = n_q / n_q.sum(1, keepdim=True).clamp(min=1) / H  # of the queries, (B, NI)
 
-        def mean(value, slope):  # of one, with the gradient of the other, (B, H, NI, ...)
+        def mean(value, slope):  # over heads and queries, of value with the gradient of slope (B, H, NI, ...)
             value, slope = ((y.sum(-1) * share[:, None]).sum((1, 2)) for y in (value, slope))
             return slope + (value - slope).detach()
         retained = mean(best.exp() * stays, top.exp() * stays)

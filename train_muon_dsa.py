@@ -656,7 +656,7 @@ class MuonNet(nn.Module):
     (ordered so that neighbours are alike), learned readout, Gauss-Newton steps on the hits' likelihood."""
 
     n_features = 9
-    short = 13.0                                         # m, of a track at first
+    short = 13.0                                         # m: shorter tracks make steps before the others
 
     def __init__(self, task="regression", n_outputs=6, dim=48, n_layers=2, n_heads=6, hidden_dim=192,
                  norm="pre", readout="learned", output="points", frame="canonical", min_connections=16,
